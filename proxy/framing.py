@@ -1,0 +1,260 @@
+"""Where a message ends: by no body, by length, by chunks, or with the connection.
+
+Each framing is fed the octets that follow a head, says how many of them belong to the message, and counts the content; it buffers nothing
+but a part of a line, and changes nothing: the octets are relayed as they came. Does no input or output and knows no side.
+
+Invariant: after ``feed(octets, start, end)`` returned ``stop``, the octets ``[start:stop]`` belong to this message, and ``stop < end`` only if it
+is complete.
+"""
+
+from .grammar import CHUNK_LINE, FIELD_LINES, MAX_CHUNK_LINE, MAX_FIELDS, MalformedMessage
+from .head import HeaderSection
+
+# More than any body, and small enough for every interface that takes a count.
+ENDLESS = 1 << 62
+
+Octets = bytes | bytearray
+Mark = tuple[int, int, int, bytes]
+
+
+class NoBody:
+    """A message that ends with its head."""
+
+    __slots__ = ()
+    complete = True
+    content = 0
+    ends_with_connection = False
+    between_chunks = True
+    mark: Mark = (0, 0, 0, b"")
+
+    def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
+        """Returns: ``start``, as nothing belongs to the body."""
+        return start
+
+    def opaque(self) -> int:
+        """Returns: 0: no octet may pass unlooked at."""
+        return 0
+
+    def skip(self, count: int) -> None:
+        """Never called with more than 0."""
+
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
+        """Returns: 0."""
+        return 0
+
+
+NO_BODY = NoBody()
+
+
+class LengthFraming:
+    """A body of a length announced in the head (RFC 9112 §6.2)."""
+
+    __slots__ = ("complete", "content", "remaining")
+    ends_with_connection = False
+    between_chunks = True
+
+    def __init__(self, length: int) -> None:
+        self.remaining = length
+        self.content = 0
+        self.complete = length == 0
+
+    def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
+        """Returns: the index behind the last octet of the message."""
+        count = end - start
+        if count >= self.remaining:
+            count = self.remaining
+            self.complete = True
+        self.remaining -= count
+        self.content += count
+        if contents is not None:
+            contents.append((start, start + count))
+        return start + count
+
+    def opaque(self) -> int:
+        """Returns: how many of the next octets are content whatever they are."""
+        return self.remaining
+
+    def skip(self, count: int) -> None:
+        """Take ``count`` opaque octets as passed."""
+        self.remaining -= count
+        self.content += count
+        self.complete = self.remaining == 0
+
+    @property
+    def mark(self) -> Mark:
+        """Where the framing stood; see ``content_between``."""
+        return (0, 0, 0, b"")
+
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
+        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
+        return end - start
+
+
+class ConnectionFraming(LengthFraming):
+    """A body, or one direction of a tunnel, that ends with the connection: ``complete`` is set by whoever sees that end."""
+
+    __slots__ = ()
+    ends_with_connection = True
+
+    def __init__(self) -> None:
+        super().__init__(ENDLESS)
+
+    def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
+        """Returns: ``end``, as all that comes belongs to the message."""
+        self.content += end - start
+        if contents is not None:
+            contents.append((start, end))
+        return end
+
+    def skip(self, count: int) -> None:
+        """Take ``count`` octets as passed."""
+        self.content += count
+
+
+_SIZE, _DATA, _DATA_END, _TRAILER = range(4)
+
+
+class ChunkedFraming:
+    """A body in the chunked coding (RFC 9112 §7.1), read strictly: lines end with CRLF, sizes are plain hexadecimal, trailer fields are
+    fields. ``max_trailer_size`` bounds the trailer section in octets."""
+
+    __slots__ = ("complete", "content", "line", "max_trailer_size", "remaining", "state", "trailer_fields", "trailer_size")
+    ends_with_connection = False
+
+    def __init__(self, max_trailer_size: int = 65536) -> None:
+        self.state = _SIZE
+        self.remaining = 0
+        self.content = 0
+        self.complete = False
+        self.line = b""  # the part of a line (or of the CRLF after a chunk) that has come so far
+        self.max_trailer_size = max_trailer_size
+        self.trailer_size = 0
+        self.trailer_fields = 0
+
+    @property
+    def between_chunks(self) -> bool:
+        """Whether what has passed ends exactly where a chunk could begin."""
+        return self.state == _SIZE and not self.line
+
+    @property
+    def mark(self) -> Mark:
+        """Where the framing stands; see ``content_between``."""
+        return (self.state, self.remaining, self.trailer_size, self.line)
+
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
+        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
+        replay = ChunkedFraming(self.max_trailer_size)
+        replay.state, replay.remaining, replay.trailer_size, replay.line = mark
+        replay.feed(octets, start, end)
+        return replay.content
+
+    def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
+        """Take the octets ``[start:end]``; where ``contents`` is given, append the (start, end) of each run of content.
+
+        Returns: the index behind the last octet of the message.
+        Raises: MalformedMessage, with the octet counted from ``start``.
+        """
+        at = start
+        while at < end:
+            if self.state == _DATA:
+                count = end - at
+                if count >= self.remaining:
+                    count = self.remaining
+                    self.state = _DATA_END
+                if contents is not None:
+                    contents.append((at, at + count))
+                self.remaining -= count
+                self.content += count
+                at += count
+                continue
+            line_end = octets.find(b"\n", at, end)
+            if line_end < 0:
+                self.line += octets[at:end]
+                self._check_part(at - start)
+                return end
+            line = octets[at : line_end + 1]
+            if self.line:
+                line = self.line + line
+                self.line = b""
+            if line[-2:] != b"\r\n":
+                raise MalformedMessage("a line feed without its carriage return in chunked framing", line_end - start, line[-32:])
+            if self.state == _SIZE:
+                match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
+                if match is None or len(line) > MAX_CHUNK_LINE:
+                    raise MalformedMessage("not a chunk size", at - start, line)
+                self.remaining = int(match[1], 16)
+                self.state = _DATA if self.remaining else _TRAILER
+            elif self.state == _DATA_END:
+                if len(line) != 2:
+                    raise MalformedMessage("a chunk longer than its size", at - start, line)
+                self.state = _SIZE
+            else:
+                self._take_trailer_line(bytes(line), at - start)
+                if self.complete:
+                    return line_end + 1
+            at = line_end + 1
+        return at
+
+    def _check_part(self, octet: int) -> None:
+        """Refuse the beginning of a line that can have no good end, so that nobody waits for it."""
+        part = self.line
+        if self.state == _SIZE:
+            body = part[:-1] if part[-1:] == b"\r" else part
+            if len(part) > MAX_CHUNK_LINE or b"\r" in body or not all(c in b"0123456789abcdefABCDEF" for c in body.split(b";", 1)[0]):
+                raise MalformedMessage("not a chunk size", octet, part)
+        elif self.state == _DATA_END:
+            if part != b"\r":
+                raise MalformedMessage("a chunk longer than its size", octet, part)
+        elif self.trailer_size + len(part) > self.max_trailer_size:
+            raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
+
+    def _take_trailer_line(self, line: bytes, octet: int) -> None:
+        if line == b"\r\n":
+            self.complete = True
+            return
+        self.trailer_size += len(line)
+        self.trailer_fields += 1
+        if self.trailer_size > self.max_trailer_size:
+            raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
+        if self.trailer_fields > MAX_FIELDS:
+            raise MalformedMessage(f"more than {MAX_FIELDS} trailer fields", octet, status=431, bound="max_fields")
+        if FIELD_LINES.fullmatch(line) is None:
+            raise MalformedMessage("a trailer field that is no field", octet, line)
+        # A recipient that merges trailers into the header section must not find another framing or host there
+        # (RFC 9110 §6.5.1).
+        if line.split(b":", 1)[0].lower() in (b"content-length", b"transfer-encoding", b"host", b"connection"):
+            raise MalformedMessage("a trailer field that may only stand in a head", octet, line)
+
+    def opaque(self) -> int:
+        """Returns: how many of the next octets are content whatever they are: what is left of the chunk."""
+        return self.remaining if self.state == _DATA else 0
+
+    def skip(self, count: int) -> None:
+        """Take ``count`` opaque octets as passed."""
+        self.remaining -= count
+        self.content += count
+        if not self.remaining:
+            self.state = _DATA_END
+
+
+Framing = NoBody | LengthFraming | ConnectionFraming | ChunkedFraming
+
+
+def request_framing(section: HeaderSection, max_trailer_size: int) -> Framing:
+    """Returns: the framing of a request body (RFC 9112 §6.3): chunked, by length, or none."""
+    if section.chunked:
+        return ChunkedFraming(max_trailer_size)
+    if section.content_length:
+        return LengthFraming(section.content_length)
+    return NO_BODY
+
+
+def response_framing(status: int, section: HeaderSection, request_method: bytes, max_trailer_size: int) -> Framing:
+    """Returns: the framing of the body of a final response (RFC 9112 §6.3)."""
+    if request_method == b"HEAD" or status in (204, 304):
+        return NO_BODY
+    if section.chunked:
+        return ChunkedFraming(max_trailer_size)
+    if section.content_length is not None:
+        return LengthFraming(section.content_length) if section.content_length else NO_BODY
+    return ConnectionFraming()

@@ -1,0 +1,321 @@
+"""Heads of messages: bytes to ``RequestHead`` and ``ResponseHead``, untouched octets kept.
+
+Decides whether a head is well formed and what it says about framing and the connection, strictly: whatever two parsers might
+read in two ways is refused. Does no input or output and knows no side. What goes on to the other side is decided in ``fields``.
+
+A peer repeats its header section from message to message, so a ``HeaderSection`` is parsed once and kept for as long as the same octets
+come again (``SectionMemory``, one for each connection and direction); it also carries what ``fields`` made of it.
+"""
+
+import dataclasses
+
+from .grammar import (
+    ABSOLUTE_FORM,
+    CONTENT_LENGTH,
+    FIELD_LINE,
+    FIELD_LINES,
+    HOST,
+    MAX_FIELDS,
+    REQUEST_LINE,
+    STATUS_LINE,
+    STRAY_OCTET,
+    TOKEN,
+    MalformedMessage,
+)
+
+# The fields whose values this proxy looks at; all others are relayed unread.
+_READ_FIELDS = frozenset(
+    (
+        b"connection",
+        b"content-length",
+        b"content-encoding",
+        b"content-type",
+        b"expect",
+        b"host",
+        b"keep-alive",
+        b"max-forwards",
+        b"proxy-connection",
+        b"te",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-request-id",
+    )
+)
+_NO_OPTIONS: frozenset[bytes] = frozenset()
+# Without these no recipient could find the end of the message or its host; a Connection option that names one asks the
+# proxy to remove it, and then the two sides of the proxy would see different messages.
+_NEVER_HOP_BY_HOP = frozenset((b"content-length", b"host"))
+
+
+class HeaderSection:
+    """The fields of one message, and what they say about framing and the connection.
+
+    ``fields`` holds (name, raw value) as received, in order; ``known`` the trimmed values of the fields this proxy reads, by lowercase name.
+    ``prepared`` belongs to ``fields``: the section as it goes to the other side.
+    """
+
+    __slots__ = ("chunked", "content_length", "fields", "known", "options", "prepared")
+
+    def __init__(self, octets: bytes) -> None:
+        """Parse field lines, each ended by CRLF, without the empty line.
+
+        Raises: MalformedMessage, with the octet counted from the start of ``octets``.
+        """
+        if FIELD_LINES.fullmatch(octets) is None:
+            raise _explain_section(octets)
+        self.fields: list[tuple[bytes, bytes]] = FIELD_LINE.findall(octets)
+        if len(self.fields) > MAX_FIELDS:
+            raise MalformedMessage(f"more than {MAX_FIELDS} fields", len(octets), status=431, bound="max_fields")
+        self.known: dict[bytes, list[bytes]] = {}
+        for name, value in self.fields:
+            lower = name.lower()
+            if lower in _READ_FIELDS:
+                self.known.setdefault(lower, []).append(value.strip(b" \t"))
+        known = self.known
+        self.options = _connection_options(known[b"connection"]) if b"connection" in known else _NO_OPTIONS
+        self.content_length = _content_length(known[b"content-length"]) if b"content-length" in known else None
+        self.chunked = False
+        if b"transfer-encoding" in known:
+            if self.content_length is not None:
+                raise MalformedMessage("both Transfer-Encoding and Content-Length", 0, b", ".join(known[b"transfer-encoding"]))
+            self.chunked = _chunked(known[b"transfer-encoding"])
+        self.prepared: object = None
+
+    def first(self, name: bytes) -> bytes | None:
+        """Returns: the trimmed value of the first field of that lowercase name, one of those the proxy reads."""
+        values = self.known.get(name)
+        return values[0] if values else None
+
+
+class SectionMemory:
+    """Keeps the last header section of one connection and direction, since peers repeat theirs."""
+
+    __slots__ = ("octets", "section")
+
+    def __init__(self) -> None:
+        self.octets: bytes | None = None
+        self.section: HeaderSection | None = None
+
+    def parse(self, octets: bytes) -> HeaderSection:
+        """Like ``HeaderSection(octets)``, from memory where it is the same as last time."""
+        if octets == self.octets and self.section is not None:
+            return self.section
+        section = HeaderSection(octets)
+        self.octets = octets
+        self.section = section
+        return section
+
+
+@dataclasses.dataclass(slots=True)
+class RequestHead:
+    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1."""
+
+    method: bytes
+    target: bytes
+    minor: int
+    section: HeaderSection
+    size: int  # octets, the empty line included
+
+
+@dataclasses.dataclass(slots=True)
+class ResponseHead:
+    """A response head, interim ones included."""
+
+    status: int
+    reason: bytes
+    minor: int
+    section: HeaderSection
+    size: int
+
+
+def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
+    """Parse a whole request head, from the request line to the empty line.
+
+    Raises: MalformedMessage with the status to answer: 400, 405 never (that is policy), 431, 501, 505.
+    """
+    line_end = octets.find(b"\r\n")
+    line = octets[:line_end]
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise _explain_request_line(line)
+    method, target, major, minor_digit = match.groups()
+    if major != b"1" or minor_digit not in (b"0", b"1"):
+        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", len(line) - 3, line[-8:], status=505)
+    minor = 1 if minor_digit == b"1" else 0
+    try:
+        section = memory.parse(octets[line_end + 2 : -2])
+    except MalformedMessage as error:
+        error.octet += line_end + 2
+        raise
+    known = section.known
+    if section.chunked and not minor:
+        # RFC 9112 §6.1: such framing is faulty whatever else the message says.
+        raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 request", line_end + 2)
+    hosts = known.get(b"host")
+    if hosts is None:
+        if minor:
+            raise MalformedMessage("no Host field in an HTTP/1.1 request", line_end + 2)
+    elif len(hosts) > 1:
+        raise MalformedMessage("more than one Host field", line_end + 2, b", ".join(hosts))
+    elif section.prepared is None and HOST.fullmatch(hosts[0]) is None:
+        raise MalformedMessage("a Host field that is no host", line_end + 2, hosts[0])
+    if target[0] != 0x2F or b"#" in target:
+        _check_target(method, target, None if hosts is None else hosts[0])
+    return RequestHead(method, target, minor, section, len(octets))
+
+
+def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
+    """Parse a whole response head, from the status line to the empty line.
+
+    Raises: MalformedMessage; its ``status`` means nothing here.
+    """
+    line_end = octets.find(b"\r\n")
+    match = STATUS_LINE.fullmatch(octets, 0, line_end)
+    if match is None:
+        raise MalformedMessage("not a status line", 0, octets[: min(line_end, 64)])
+    major, minor_digit, status, reason = match.groups()
+    if major != b"1":
+        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", 0, octets[:line_end])
+    try:
+        section = memory.parse(octets[line_end + 2 : -2])
+    except MalformedMessage as error:
+        error.octet += line_end + 2
+        raise
+    minor = 0 if minor_digit == b"0" else 1
+    if section.chunked and not minor:
+        raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 response", line_end + 2)
+    return ResponseHead(int(status), reason or b"", minor, section, len(octets))
+
+
+def check_partial_head(octets: bytes) -> None:
+    """Find what is wrong with the beginning of a head whose end has not come, so that nobody waits for it.
+
+    Raises: MalformedMessage.
+    """
+    if octets[:1] == b"\x16":
+        raise MalformedMessage("this looks like a TLS handshake, but plain HTTP is spoken here", 0, octets[:8])
+    stray = STRAY_OCTET.search(octets)
+    if stray is not None:
+        at = stray.start()
+        raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 16) : at + 16])
+
+
+def _name_stray(octet: int) -> str:
+    match octet:
+        case 0x0A:
+            return "a line feed without its carriage return"
+        case 0x0D:
+            return "a carriage return without its line feed"
+        case _:
+            return f"a control character (0x{octet:02x})"
+
+
+def _explain_request_line(line: bytes) -> MalformedMessage:
+    """Say what is wrong with a request line that does not match."""
+    try:
+        check_partial_head(line)
+    except MalformedMessage as error:
+        return error
+    parts = line.split(b" ")
+    if not line:
+        return MalformedMessage("an empty request line", 0)
+    if TOKEN.fullmatch(parts[0]) is None:
+        return MalformedMessage("a method that is no token", 0, parts[0])
+    if len(parts) < 3:
+        return MalformedMessage("a request line without an HTTP version", len(line), line[-32:])
+    if len(parts) > 3:
+        return MalformedMessage("more than two spaces in the request line", len(parts[0]), line)
+    if REQUEST_LINE.fullmatch(b"GET / " + parts[2]) is None:
+        return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), parts[2])
+    return MalformedMessage("octets outside visible ASCII in the request target", len(parts[0]) + 1, parts[1])
+
+
+def _explain_section(octets: bytes) -> MalformedMessage:
+    """Say what is wrong with a header section that does not match, and where."""
+    match = FIELD_LINES.match(octets)
+    at = match.end() if match else 0
+    rest = octets[at:]
+    line = rest.split(b"\r\n", 1)[0]
+    stray = STRAY_OCTET.search(line)
+    name, colon, _ = line.partition(b":")
+    if rest[:1] in (b" ", b"\t"):
+        reason = "a field line that begins with whitespace (obsolete line folding)"
+    elif stray is not None:
+        at += stray.start()
+        reason = _name_stray(line[stray.start()]) + " in a field line"
+    elif not colon:
+        reason = "a field line without a colon"
+    elif not name:
+        reason = "a field without a name"
+    elif name[-1:] in (b" ", b"\t"):
+        reason = "whitespace between a field name and its colon"
+    else:
+        reason = "a field name that is no token"
+    return MalformedMessage(reason, at, line)
+
+
+def _elements(values: list[bytes]) -> list[bytes]:
+    """The elements of a comma-separated list over all its field lines, empty ones left out (RFC 9110 §5.6.1)."""
+    return [element for value in values for part in value.split(b",") if (element := part.strip(b" \t"))]
+
+
+def _connection_options(values: list[bytes]) -> frozenset[bytes]:
+    options = frozenset(element.lower() for element in _elements(values))
+    for option in options:
+        if TOKEN.fullmatch(option) is None:
+            raise MalformedMessage("a Connection option that is no token", 0, option)
+    forbidden = options & _NEVER_HOP_BY_HOP
+    if forbidden:
+        raise MalformedMessage("a Connection option that names a field meant for all recipients", 0, b", ".join(sorted(forbidden)))
+    return options
+
+
+def _content_length(values: list[bytes]) -> int:
+    # RFC 9112 §6.3 lets equal lengths pass as one. We relay fields as they came, and would have to trust everyone behind us to
+    # do the same; senders that repeat it are broken or worse.
+    if len(values) > 1:
+        raise MalformedMessage("more than one Content-Length", 0, b", ".join(values))
+    if CONTENT_LENGTH.fullmatch(values[0]) is None:
+        raise MalformedMessage("a Content-Length that is not a number of at most 18 digits", 0, values[0])
+    return int(values[0])
+
+
+def _chunked(values: list[bytes]) -> bool:
+    """True, since all but a single ``chunked`` is refused: RFC 9112 §6.1 knows no other coding that one recipient must share with another."""
+    elements = _elements(values)
+    joined = b", ".join(values)
+    lower = [element.lower() for element in elements]
+    if lower == [b"chunked"]:
+        return True
+    if not elements:
+        raise MalformedMessage("an empty Transfer-Encoding", 0, joined)
+    if lower.count(b"chunked") > 1:
+        raise MalformedMessage("the chunked coding applied twice", 0, joined)
+    if b"chunked" in lower[:-1]:
+        raise MalformedMessage("a transfer coding after chunked", 0, joined)
+    for element in lower:
+        name = element.split(b";", 1)[0].strip(b" \t")
+        if TOKEN.fullmatch(name) is None or name == b"chunked" and element != b"chunked":
+            raise MalformedMessage("a Transfer-Encoding that is no list of codings", 0, joined)
+    raise MalformedMessage("an unknown transfer coding", 0, joined, status=501)
+
+
+def _check_target(method: bytes, target: bytes, host: bytes | None) -> None:
+    """Refuse a target that is in none of the forms of RFC 9112 §3.2, or that speaks of another host than ``Host`` does."""
+    at = len(method) + 1
+    if b"#" in target:
+        raise MalformedMessage("a fragment in the request target", at + target.index(b"#"), target)
+    if target[:1] == b"/" or (target == b"*" and method == b"OPTIONS"):
+        return
+    if method == b"CONNECT":
+        return  # authority-form; answered with 405 where requests are judged
+    match = ABSOLUTE_FORM.fullmatch(target)
+    if match is None:
+        raise MalformedMessage("a request target that is neither a path nor an absolute URI", at, target)
+    # RFC 9112 §3.2.2 lets the target win over Host. Both are relayed as they came, so where they differ it would be left to chance
+    # which of them the upstream serves.
+    authority: bytes = match.group(1)
+    if not authority or HOST.fullmatch(authority) is None:
+        raise MalformedMessage("an absolute request target without a valid host", at, target)
+    if host is not None and authority.lower() != host.lower():
+        raise MalformedMessage("a request target for another host than the Host field names", at, target)
