@@ -1,0 +1,153 @@
+"""Which fields go on to the other side: hop-by-hop fields out, the proxy's own in, everything else octet for octet.
+
+The result depends only on the header section and on the connection it came over, so it is kept with the section and made once for as
+long as a peer repeats itself; what changes from request to request (``X-Request-Id``) is added when the head is serialized.
+"""
+
+import dataclasses
+
+from .grammar import REQUEST_ID, TOKEN
+from .head import HeaderSection, RequestHead, ResponseHead
+
+# RFC 9110 §7.6.1, and the two fields of a proxy's own authentication, which apply to the next hop alone (§11.7). Transfer-Encoding is not
+# among them: the chunked coding is relayed as it is, with its field.
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"proxy-authenticate", b"proxy-authorization")
+)
+# Set by the proxy: what a client sends under these names would let it pose as another.
+_SET_ON_REQUESTS = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-request-id"))
+_SET_ON_RESPONSES = frozenset((b"x-request-id",))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ForwardingContext:
+    """What the proxy says of a client connection to upstream: octets ready for a head."""
+
+    proxy_name: bytes  # the pseudonym in Via
+    client_address: bytes  # for X-Forwarded-For
+    scheme: bytes  # b"http" or b"https", as the client spoke it
+    upstream_host: bytes  # for Host where an HTTP/1.0 client sent none
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request's header section as it goes upstream, and what it asks of the connection."""
+
+    minor: int
+    lines: bytes  # field lines, without X-Request-Id and the empty line
+    request_id: bytes | None  # the client's own, if well formed
+    keep_alive: bool
+    upgrade: bool
+    expects_continue: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PreparedResponse:
+    """A response's header section as it goes to the client, and what it says of the connection."""
+
+    dechunk: bool
+    minor: int
+    lines: bytes  # field lines, without X-Request-Id, Connection, Upgrade and the empty line
+    keep_alive: bool
+
+
+def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[bytes]:
+    options = section.options
+    lines = []
+    for name, value in section.fields:
+        lower = name.lower()
+        if lower not in dropped and lower not in _HOP_BY_HOP and (lower not in options or lower == b"transfer-encoding"):
+            lines.append(b"%b:%b\r\n" % (name, value))
+    return lines
+
+
+def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRequest:
+    """Make, or find again, the field lines of a request for upstream (RFC 9110 §7.6)."""
+    section = head.section
+    prepared = section.prepared
+    if isinstance(prepared, PreparedRequest) and prepared.minor == head.minor:
+        return prepared
+    known = section.known
+    options = section.options
+    # Expect and Upgrade mean nothing in HTTP/1.0 (RFC 9110 §10.1.1, §7.8).
+    dropped = _SET_ON_REQUESTS if head.minor else _SET_ON_REQUESTS | {b"expect"}
+    lines = _passing_lines(section, dropped)
+    host = section.first(b"host")
+    if host is None:
+        lines.insert(0, b"Host: %b\r\n" % context.upstream_host)
+    else:
+        lines.append(b"X-Forwarded-Host: %b\r\n" % host)
+    lines.append(b"X-Forwarded-For: %b\r\n" % context.client_address)
+    lines.append(b"X-Forwarded-Proto: %b\r\n" % context.scheme)
+    lines.append(b"Via: 1.%d %b\r\n" % (head.minor, context.proxy_name))
+    own_options = []
+    upgrade = b"upgrade" in known and b"upgrade" in options and head.minor == 1
+    if upgrade:
+        lines.append(b"Upgrade: %b\r\n" % b", ".join(known[b"upgrade"]))
+        own_options.append(b"Upgrade")
+    if any(_is_trailers(value) for value in known.get(b"te", ())):
+        lines.append(b"TE: trailers\r\n")
+        own_options.append(b"TE")
+    if own_options:
+        lines.append(b"Connection: %b\r\n" % b", ".join(own_options))
+    ids = known.get(b"x-request-id", [])
+    expect = known.get(b"expect")
+    prepared = PreparedRequest(
+        minor=head.minor,
+        lines=b"".join(lines),
+        request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
+        keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
+        upgrade=upgrade,
+        expects_continue=expect is not None and head.minor == 1 and any(v.lower() == b"100-continue" for v in expect),
+    )
+    section.prepared = prepared
+    return prepared
+
+
+def _is_trailers(value: bytes) -> bool:
+    return any(part.strip(b" \t").lower() == b"trailers" for part in value.split(b","))
+
+
+def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) -> PreparedResponse:
+    """Make, or find again, the field lines of a response for the client. ``dechunk`` leaves the chunked coding off, for HTTP/1.0."""
+    section = head.section
+    prepared = section.prepared
+    if isinstance(prepared, PreparedResponse) and prepared.dechunk is dechunk and prepared.minor == head.minor:
+        return prepared
+    dropped = _SET_ON_RESPONSES | {b"transfer-encoding", b"trailer"} if dechunk else _SET_ON_RESPONSES
+    lines = _passing_lines(section, dropped)
+    lines.append(b"Via: 1.%d %b\r\n" % (head.minor, proxy_name))
+    options = section.options
+    prepared = PreparedResponse(
+        dechunk=dechunk,
+        minor=head.minor,
+        lines=b"".join(lines),
+        keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
+    )
+    section.prepared = prepared
+    return prepared
+
+
+def serialize_request(head: RequestHead, prepared: PreparedRequest, request_id: bytes) -> bytes:
+    """Returns: the request head for upstream; method and target octet for octet, the version ours."""
+    return b"%b %b HTTP/1.1\r\n%bX-Request-Id: %b\r\n\r\n" % (head.method, head.target, prepared.lines, request_id)
+
+
+def serialize_response(head: ResponseHead, prepared: PreparedResponse, connection: bytes, request_id: bytes | None) -> bytes:
+    """Returns: the response head for the client. ``connection`` holds whole lines, or nothing; interim responses have no ``request_id``."""
+    id_line = b"X-Request-Id: %b\r\n" % request_id if request_id is not None else b""
+    return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (head.status, head.reason, prepared.lines, connection, id_line)
+
+
+def upgrade_lines(section: HeaderSection) -> bytes:
+    """Returns: the Upgrade field of a 101 or 426 response, with the Connection option it needs, as lines."""
+    values = section.known.get(b"upgrade")
+    return b"Upgrade: %b\r\nConnection: Upgrade\r\n" % b", ".join(values) if values else b""
+
+
+def via_pseudonym(name: str) -> bytes:
+    """Returns: ``name`` as octets for Via. Raises: ValueError if it is no token."""
+    octets = name.encode("ascii", "strict")
+    if TOKEN.fullmatch(octets) is None:
+        raise ValueError(f"{name!r} is no token")
+    return octets
