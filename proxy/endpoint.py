@@ -1,0 +1,265 @@
+"""One connected socket of an exchange: its side, its name, how to read and write it, plain or under TLS.
+
+Both kinds are non-blocking and have the same four operations; ``BlockingIOError`` means: poll for ``read_event`` or ``write_event`` and come again.
+What an ``OSError`` means for the request is decided by the caller, who knows the phase.
+"""
+
+import errno
+import select
+import socket
+import ssl
+
+from .kernel import HAVE_SPLICE, PeerPulse
+from .vocabulary import Side
+
+READABLE = select.POLLIN
+WRITABLE = select.POLLOUT
+
+# Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take it, and
+# ciphertext read at once.
+_RECORD_SIZE = 16384
+_BATCH_SIZE = 16 * _RECORD_SIZE
+_CIPHERTEXT_READ = 256 * 1024
+
+
+class Endpoint:
+    """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost no frame."""
+
+    __slots__ = (
+        "can_splice",
+        "fd",
+        "has_unread",
+        "name",
+        "pulse",
+        "read",
+        "read_event",
+        "read_into",
+        "side",
+        "sock",
+        "write",
+        "write_event",
+    )
+
+    def __init__(self, sock: socket.socket, side: Side, name: str, peer_dead_s: float | None) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.side = side
+        self.name = name
+        self.read = sock.recv
+        self.read_into = sock.recv_into
+        self.write = sock.send
+        self.read_event = READABLE
+        self.write_event = WRITABLE
+        self.has_unread = False  # octets that poll does not see
+        self.can_splice = HAVE_SPLICE
+        self.pulse = PeerPulse(peer_dead_s) if peer_dead_s is not None and sock.family != socket.AF_UNIX else None
+
+    def end_write(self) -> None:
+        """Tell the peer that nothing more comes. Raises: OSError."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def flush(self) -> bool:
+        """Returns: True, as the kernel holds all that was written."""
+        return True
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.sock.close()
+
+
+class TlsEndpoint(Endpoint):
+    """A socket under TLS, with the TLS state kept apart from the socket.
+
+    ``ssl.SSLSocket`` can't pass on a half-close: its ``unwrap`` reads, and a peer that still sends breaks the connection with
+    APPLICATION_DATA_AFTER_CLOSE_NOTIFY. With memory in between, close_notify is sent when nothing is left to read. It also takes one system call where
+    SSLSocket takes two for each record.
+    """
+
+    __slots__ = ("_batch_cipher", "_batch_plain", "_batch_reported", "_decrypted", "_incoming", "_outgoing", "_unsent", "tls")
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        side: Side,
+        name: str,
+        peer_dead_s: float | None,
+        context: ssl.SSLContext,
+        server_hostname: str | None,
+    ) -> None:
+        super().__init__(sock, side, name, peer_dead_s)
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self.tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_side=side is Side.CLIENT, server_hostname=server_hostname
+        )
+        self._decrypted = b""  # read ahead of a half-close
+        self._unsent = b""  # ciphertext that the socket has not taken
+        # The batch of records being sent: octets of plaintext and ciphertext in it, and of plaintext reported as written.
+        self._batch_plain = 0
+        self._batch_cipher = 0
+        self._batch_reported = 0
+        self.can_splice = False
+        self.read = self._read
+        self.read_into = self._read_into
+        self.write = self._write
+
+    # What urllib3 asks of a socket.
+
+    def fileno(self) -> int:
+        """Returns: the descriptor, -1 after close."""
+        return self.sock.fileno()
+
+    def handshake(self) -> bool:
+        """Take the handshake as far as it goes without waiting.
+
+        Returns: whether it is done. If not, poll for ``read_event`` and come again.
+        Raises: ssl.SSLError, with the alert for the peer on its way as far as the socket took it; OSError.
+        """
+        while True:
+            try:
+                self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                if not self.flush():
+                    self.read_event = WRITABLE
+                    return False
+                self.read_event = READABLE
+                try:
+                    self._receive()
+                except BlockingIOError:
+                    return False
+            except ssl.SSLError:
+                self.flush()
+                raise
+            else:
+                if not self.flush():
+                    self.read_event = WRITABLE
+                    return False
+                self.read_event = READABLE
+                return True
+
+    def _receive(self) -> None:
+        octets = self.sock.recv(_CIPHERTEXT_READ)
+        if octets:
+            self._incoming.write(octets)
+        else:
+            self._incoming.write_eof()
+
+    def _read(self, size: int) -> bytes:
+        """Read up to ``size`` octets of plaintext; b"" at close_notify.
+
+        Raises: BlockingIOError if there are none yet; ssl.SSLEOFError where the connection ended without close_notify; OSError.
+        """
+        parts = []
+        have = 0
+        if self._decrypted:
+            parts.append(self._decrypted)
+            have = len(self._decrypted)
+            self._decrypted = b""
+        self.has_unread = False
+        while have < size:
+            try:
+                octets = self.tls.read(size - have)
+            except ssl.SSLWantReadError:
+                if self._outgoing.pending:
+                    self.flush()  # an answer to a key update
+                if have:
+                    break
+                self._receive()
+                continue
+            except ssl.SSLZeroReturnError:
+                octets = b""  # close_notify after we sent ours
+            except ssl.SSLError:
+                if have:
+                    self.has_unread = True  # the same error comes again at the next read
+                    break
+                raise
+            if not octets:
+                if have:
+                    self.has_unread = True
+                break
+            parts.append(octets)
+            have += len(octets)
+        else:
+            self.has_unread = True
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_into(self, buffer: memoryview) -> int:
+        octets = self._read(len(buffer))
+        buffer[: len(octets)] = octets
+        return len(octets)
+
+    def _write(self, octets: bytes | memoryview) -> int:
+        """Write plaintext. As with OpenSSL itself, a call that took less than all must be repeated with the octets not taken.
+
+        Returns: how many octets are in records that the socket took whole.
+        Raises: BlockingIOError if none are; OSError.
+        """
+        if not self._batch_plain:
+            if not self.flush():
+                raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
+            view = memoryview(octets)[:_BATCH_SIZE]
+            taken = 0
+            while taken < len(view):
+                taken += self.tls.write(view[taken : taken + _RECORD_SIZE])
+            self._unsent = self._outgoing.read()
+            self._batch_plain = taken
+            self._batch_cipher = len(self._unsent)
+            self._batch_reported = 0
+        sent = self.sock.send(self._unsent)
+        if sent == len(self._unsent):
+            done = self._batch_plain - self._batch_reported
+            self._unsent = b""
+            self._batch_plain = 0
+            return done
+        self._unsent = self._unsent[sent:]
+        # All records of a batch but the last are full, and all have the same overhead.
+        count = -(-self._batch_plain // _RECORD_SIZE)
+        overhead = (self._batch_cipher - self._batch_plain) // count
+        records = (self._batch_cipher - len(self._unsent)) // (_RECORD_SIZE + overhead)
+        done = records * _RECORD_SIZE - self._batch_reported
+        if not done:
+            raise BlockingIOError(errno.EAGAIN, "the socket took no whole record")
+        self._batch_reported += done
+        return done
+
+    def flush(self) -> bool:
+        """Send what TLS itself has to say (handshake, alerts, close_notify).
+
+        Returns: whether the socket took all of it; if not, poll for writing and come again. Raises: OSError.
+        """
+        if self._batch_plain:
+            return False
+        if self._outgoing.pending:
+            self._unsent += self._outgoing.read()
+        if self._unsent:
+            try:
+                sent = self.sock.send(self._unsent)
+            except BlockingIOError:
+                return False
+            self._unsent = self._unsent[sent:]
+        return not self._unsent
+
+    def end_write(self) -> None:
+        """Send close_notify, and leave the reading direction as it is; call ``flush`` until it is out. Raises: OSError."""
+        # SSL_shutdown reads too, and application data would be fatal to it: read first all there is.
+        try:
+            while octets := self.tls.read(_RECORD_SIZE):
+                self._decrypted += octets
+                self.has_unread = True
+        except ssl.SSLError:
+            # Nothing more to read now, or an error that the next read will meet again and report.
+            self.has_unread = bool(self._decrypted)
+        try:
+            self.tls.unwrap()
+        except ssl.SSLError:
+            # Want-read: the peer's own close_notify has not come, and need not.
+            pass
+        self.flush()
+
+    def close(self) -> None:
+        """Close the socket; close_notify is the caller's decision, as without it a cut message can't look whole."""
+        self.sock.close()
+
+
+AnyEndpoint = Endpoint | TlsEndpoint

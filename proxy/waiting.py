@@ -1,0 +1,250 @@
+"""The one place where a thread waits: ``poll`` on the client, on upstream and on the worker's own wish to end, under all limits that run.
+
+Decides nothing about what readiness means. Raises an ``Abort`` when a limit runs out, a peer's kernel has fallen silent, or the
+worker ends; so no wait in the proxy is without its limits.
+"""
+
+import collections.abc
+import select
+import time
+
+from .aborts import Abort
+from .endpoint import READABLE, AnyEndpoint
+from .kernel import POLLRDHUP, acknowledged_progress
+from .limits import Limit, Watch
+from .vocabulary import Cause, Operation, Phase, Side
+
+# POLLERR and POLLHUP come unasked.
+FAILED = select.POLLERR | select.POLLHUP | select.POLLNVAL
+HUNG_UP = POLLRDHUP | FAILED
+
+# The longest wait while a write makes no progress, as a part of its timeout: how soon acknowledged bytes are noticed.
+_STALL_CHECKS = 4
+# While the worker drains, how often a request in flight looks whether it has to end now.
+_DRAIN_CHECK_S = 0.2
+
+
+class Control:
+    """What a worker tells all its threads: to drain, until when, and to end now. ``wake_fd`` becomes readable when it does."""
+
+    __slots__ = ("drain_until", "draining", "ending", "wake_fd")
+
+    def __init__(self, wake_fd: int) -> None:
+        self.wake_fd = wake_fd
+        self.draining = False
+        self.drain_until = 0.0
+        self.ending = False
+
+
+class TimedWatch:
+    """A watch with what it says of an abort when it runs out."""
+
+    __slots__ = ("acknowledged", "checked_from", "operation", "side", "watch")
+
+    def __init__(self, watch: Watch, side: Side, operation: Operation) -> None:
+        self.watch = watch
+        self.side = side
+        self.operation = operation
+        self.acknowledged: int | None = None
+
+
+class Waiter:
+    """Waits for the sockets of one client connection. Used by the thread that holds the connection, alone."""
+
+    __slots__ = (
+        "_client_events",
+        "_modify",
+        "_poll",
+        "_poller",
+        "_upstream_events",
+        "_upstream_fd",
+        "_wake_registered",
+        "client",
+        "control",
+        "dead_limit",
+        "drain_seen",
+        "killed",
+        "next_pulse_at",
+        "phase_of",
+        "pulse_every_s",
+        "upstream",
+        "watches",
+    )
+
+    def __init__(self, client: AnyEndpoint, control: Control, dead_limit: Limit | None) -> None:
+        self.client = client
+        self.upstream: AnyEndpoint | None = None
+        self.control = control
+        self.dead_limit = dead_limit
+        self.killed = False
+        self.drain_seen = False
+        self.watches: list[TimedWatch] = []
+        self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _no_phase
+        self._poller = select.poll()
+        self._poll = self._poller.poll
+        self._modify = self._poller.register  # adds or changes
+        self._client_events = READABLE
+        self._modify(client.fd, READABLE)
+        self._modify(control.wake_fd, READABLE)
+        self._wake_registered = True
+        self._upstream_fd = -1
+        self._upstream_events = 0
+        self.pulse_every_s = min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
+        self.next_pulse_at = 0.0
+
+    def forget_upstream(self) -> None:
+        """The upstream socket is gone, or goes back into its pool."""
+        if self._upstream_fd >= 0:
+            self._poller.unregister(self._upstream_fd)
+            self._upstream_fd = -1
+            self._upstream_events = 0
+        self.upstream = None
+
+    def idle(self, until: float | None) -> bool:
+        """Wait for the first byte of a request.
+
+        Returns: True if the client's socket has something to read (its end included), False if ``until`` passed or the worker drains.
+        """
+        if self._client_events != READABLE:
+            self._modify(self.client.fd, READABLE)
+            self._client_events = READABLE
+        while True:
+            if until is None:
+                ready = self._poll()
+            else:
+                ready = self._poll(max(0, -int((time.monotonic() - until) * 1000 // 1)))
+                if not ready and time.monotonic() < until:
+                    continue
+            for fd, _ in ready:
+                if fd == self.client.fd:
+                    return True
+            if not ready or self.control.draining or self.killed:
+                return False
+
+    def wait(self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None) -> tuple[int, int, float]:
+        """Wait until a socket is ready, or ``due_at``, whichever comes first.
+
+        Events of 0 leave a socket out altogether, as a hang-up that nobody acts on would end every wait at once.
+        Returns: the events of client and upstream (0 where not ready), and the time.
+        Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
+        """
+        if client_events != self._client_events:
+            self._change_client(client_events)
+        if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
+            self._change_upstream(upstream_fd, upstream_events)
+        now = time.monotonic()
+        if now >= self.next_pulse_at:
+            self._check_pulses(now)
+        wake_at = self.next_pulse_at if due_at is None else min(due_at, self.next_pulse_at)
+        if self.watches:
+            wake_at = min(wake_at, self._check_watches(now))
+        if self.drain_seen:
+            self._check_shutdown(now)
+            wake_at = min(wake_at, now + _DRAIN_CHECK_S, self.control.drain_until)
+        # poll counts in whole milliseconds, rounded up: a limit must not be looked at before it has run out.
+        ready = self._poll(int((wake_at - now) * 1000) + 1 if wake_at > now else 0)
+        now = time.monotonic()
+        client_ready = upstream_ready = 0
+        client_fd = self.client.fd
+        for fd, events in ready:
+            if fd == client_fd:
+                client_ready = events
+            elif fd == self._upstream_fd:
+                upstream_ready = events
+            else:
+                self._see_control()
+        if self.watches and not client_ready and not upstream_ready:
+            self._check_watches(now)
+        if self.killed:
+            raise Abort(Side.PROXY, self.phase_of(Side.PROXY, Operation.READ), None, Cause.KILLED)
+        return client_ready, upstream_ready, now
+
+    def _change_client(self, events: int) -> None:
+        if not events:
+            self._poller.unregister(self.client.fd)
+        else:
+            self._modify(self.client.fd, events)
+        self._client_events = events
+
+    def _change_upstream(self, fd: int, events: int) -> None:
+        if self._upstream_fd >= 0 and (fd != self._upstream_fd or not events):
+            self._poller.unregister(self._upstream_fd)
+            self._upstream_fd = -1
+            self._upstream_events = 0
+        if fd >= 0 and events:
+            self._modify(fd, events)
+            self._upstream_fd = fd
+            self._upstream_events = events
+
+    def _check_watches(self, now: float) -> float:
+        """Returns: when the next limit runs out. Raises: Abort if one has."""
+        due = now + 3600.0
+        for timed in self.watches:
+            watch = timed.watch
+            at = watch.due_at()
+            if at is None:
+                continue
+            if timed.operation is Operation.WRITE and watch.timeout is not None and watch.stalled_from is not None:
+                at = min(at, self._acknowledged(timed, watch, watch.timeout, now))
+            expired = watch.expired(now)
+            if expired is not None:
+                limit, elapsed_s = expired
+                raise Abort(
+                    timed.side,
+                    self.phase_of(timed.side, timed.operation),
+                    timed.operation,
+                    Cause.TIMEOUT if limit is watch.timeout else Cause.DEADLINE,
+                    limit=limit,
+                    elapsed_s=elapsed_s,
+                )
+            due = min(due, at)
+        return due
+
+    def _acknowledged(self, timed: TimedWatch, watch: Watch, timeout: Limit, now: float) -> float:
+        """Let bytes that the peer acknowledged count as progress of a write that the socket does not take.
+
+        Returns: when to look again.
+        """
+        endpoint = self.client if timed.side is Side.CLIENT else self.upstream
+        if endpoint is None:
+            return now + 3600.0
+        progress = acknowledged_progress(endpoint.sock)
+        if progress is not None and progress != timed.acknowledged:
+            if timed.acknowledged is not None:
+                watch.progress(now)
+            timed.acknowledged = progress
+        return now + timeout.seconds / _STALL_CHECKS
+
+    def _check_pulses(self, now: float) -> None:
+        """Raises: Abort if the kernel of a peer has answered nothing for longer than ``--peer-dead-timeout``."""
+        self.next_pulse_at = now + self.pulse_every_s
+        if self.dead_limit is None:
+            return
+        for endpoint in (self.client, self.upstream):
+            if endpoint is not None and endpoint.pulse is not None:
+                silent_s = endpoint.pulse.silent_s(endpoint.sock, now)
+                if silent_s >= self.dead_limit.seconds:
+                    # What is in flight was written; an unanswered probe was the kernel's own question.
+                    raise Abort(
+                        endpoint.side,
+                        self.phase_of(endpoint.side, Operation.WRITE),
+                        Operation.WRITE,
+                        Cause.DEAD_PEER,
+                        limit=self.dead_limit,
+                        elapsed_s=silent_s,
+                    )
+
+    def _see_control(self) -> None:
+        """The worker drains: look at its clock from now on, and no longer at the descriptor, which stays readable."""
+        if self._wake_registered:
+            self._poller.unregister(self.control.wake_fd)
+            self._wake_registered = False
+        self.drain_seen = True
+
+    def _check_shutdown(self, now: float) -> None:
+        if self.control.ending or now >= self.control.drain_until:
+            raise Abort(Side.PROXY, self.phase_of(Side.PROXY, Operation.READ), None, Cause.SHUTDOWN)
+
+
+def _no_phase(side: Side, operation: Operation) -> Phase:
+    return Phase.REQUEST_HEAD
