@@ -39,7 +39,7 @@ class Control:
 class TimedWatch:
     """A watch with what it says of an abort when it runs out."""
 
-    __slots__ = ("acknowledged", "checked_from", "operation", "side", "watch")
+    __slots__ = ("acknowledged", "operation", "side", "watch")
 
     def __init__(self, watch: Watch, side: Side, operation: Operation) -> None:
         self.watch = watch
@@ -112,9 +112,7 @@ class Waiter:
             if until is None:
                 ready = self._poll()
             else:
-                ready = self._poll(max(0, -int((time.monotonic() - until) * 1000 // 1)))
-                if not ready and time.monotonic() < until:
-                    continue
+                ready = self._poll(max(0, int((until - time.monotonic()) * 1000) + 1))
             for fd, _ in ready:
                 if fd == self.client.fd:
                     return True
@@ -124,12 +122,14 @@ class Waiter:
     def wait(self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None) -> tuple[int, int, float]:
         """Wait until a socket is ready, or ``due_at``, whichever comes first.
 
-        Events of 0 leave a socket out altogether, as a hang-up that nobody acts on would end every wait at once.
+        Upstream events of 0 leave that socket out altogether: its hang-up is not acted on while its octets wait for the client, and would end
+        every wait at once. The client's failure always ends the wait.
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
         if client_events != self._client_events:
-            self._change_client(client_events)
+            self._modify(self.client.fd, client_events)
+            self._client_events = client_events
         if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
             self._change_upstream(upstream_fd, upstream_events)
         now = time.monotonic()
@@ -159,12 +159,6 @@ class Waiter:
             raise Abort(Side.PROXY, self.phase_of(Side.PROXY, Operation.READ), None, Cause.KILLED)
         return client_ready, upstream_ready, now
 
-    def _change_client(self, events: int) -> None:
-        if not events:
-            self._poller.unregister(self.client.fd)
-        else:
-            self._modify(self.client.fd, events)
-        self._client_events = events
 
     def _change_upstream(self, fd: int, events: int) -> None:
         if self._upstream_fd >= 0 and (fd != self._upstream_fd or not events):

@@ -1,0 +1,788 @@
+"""One client connection, and on it one request after another: from the first byte to the record. Read this first.
+
+    await the first byte -> read the head -> judge it -> lease an upstream connection -> relay -> settle -> record -> next, linger, or close
+
+Everything that goes wrong is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the one place that asks the kernel for evidence,
+closes upstream, and answers the client or cuts its response.
+"""
+
+import dataclasses
+import itertools
+import os
+import select
+import socket
+import ssl
+import time
+
+from .aborts import Abort, classify, malformed_request, socket_abort
+from .config import Settings
+from .docker import error_line
+from .endpoint import READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
+from .fields import ForwardingContext, PreparedRequest, prepare_request, serialize_request
+from .framing import request_framing
+from .grammar import REQUEST_LINE, MalformedMessage
+from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head
+from .kernel import POLLRDHUP, reset_on_close, socket_evidence, unacknowledged_bytes
+from .limits import Bound, Limit, Watch
+from .log import EventLog
+from .record import Record, Tally, describe_exception, describe_limit
+from .relay import PipeStore, Relay, dead_peer_limit
+from .reply import error_response
+from .upstream import AnyConnection, AnyPool, upstream_host
+from .vocabulary import Cause, Operation, Phase, Side
+from .waiting import FAILED, HUNG_UP, Control, TimedWatch, Waiter
+
+_HEAD_READ = 64 * 1024
+# RFC 9110 §9.2.2
+_IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+
+# After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before the record is written.
+_SETTLE_S = 2.0
+_SETTLE_MIN = 64 * 1024
+# Lingering: a client that still sends is read for so long, and so much, that it gets to see the answer (RFC 9112 §9.6).
+_LINGER_S = 10.0
+_LINGER_IDLE_S = 2.0
+_LINGER_BYTES = 16 * 1024 * 1024
+# How long the proxy's own answer may wait for a client that does not take it.
+_ANSWER_S = 1.0
+# A connection beyond --max-connections is told so, if it asks within this time.
+_OVERFLOW_HEAD_S = 2.0
+
+
+@dataclasses.dataclass(slots=True)
+class Worker:
+    """What the connections of one worker process share."""
+
+    settings: Settings
+    log: EventLog
+    tally: Tally
+    control: Control
+    pool: AnyPool
+    server_tls: ssl.SSLContext | None
+    pipes: PipeStore
+    bounds: dict[str, Bound]  # bounds by the names that MalformedMessage uses
+    pid: int
+    ids: "itertools.count[int]"
+    id_prefix: str
+
+    def next_id(self) -> str:
+        """Returns: an id no other connection or request has, in this worker or another."""
+        return f"{self.id_prefix}{next(self.ids):08x}"
+
+
+def make_worker(
+    settings: Settings, log: EventLog, tally: Tally, control: Control, pool: AnyPool, server_tls: ssl.SSLContext | None
+) -> Worker:
+    """Put together what connections share. Call it in the process that serves them."""
+    return Worker(
+        settings=settings,
+        log=log,
+        tally=tally,
+        control=control,
+        pool=pool,
+        server_tls=server_tls,
+        pipes=PipeStore(),
+        bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", 256, "default")},
+        pid=os.getpid(),
+        ids=itertools.count(1),
+        id_prefix=os.urandom(6).hex(),
+    )
+
+
+class ClientConnection:
+    """Serves one client connection until it ends. Used by one thread; ``record`` may be read by others."""
+
+    __slots__ = (
+        "_client_limits",
+        "_close_mode",
+        "_context",
+        "_memory",
+        "_residue",
+        "client",
+        "connection_id",
+        "lease",
+        "name",
+        "overflow",
+        "record",
+        "served",
+        "settings",
+        "waiter",
+        "worker",
+    )
+
+    def __init__(self, worker: Worker, sock: socket.socket, name: str, address: str, *, overflow: bool) -> None:
+        """``name`` is for the log, ``address`` for X-Forwarded-For; ``overflow`` marks a connection beyond --max-connections."""
+        self.worker = worker
+        self.settings = settings = worker.settings
+        self.name = name
+        self.overflow = overflow
+        self.connection_id = worker.next_id()
+        dead = settings.peer_dead_timeout
+        dead_s = dead.seconds if dead is not None else None
+        self.client: AnyEndpoint
+        if worker.server_tls is None:
+            self.client = Endpoint(sock, Side.CLIENT, name, dead_s)
+        else:
+            self.client = TlsEndpoint(sock, Side.CLIENT, name, dead_s, worker.server_tls, None)
+        self.waiter = Waiter(self.client, worker.control, dead)
+        self._memory = SectionMemory()
+        self._residue = b""  # read from the client and not yet parsed
+        self._context = ForwardingContext(
+            proxy_name=settings.proxy_name.encode("ascii"),
+            client_address=address.encode("ascii"),
+            scheme=b"http" if worker.server_tls is None else b"https",
+            upstream_host=upstream_host(settings.upstream).encode("ascii"),
+        )
+        self._client_limits = (
+            settings.client_read_timeout,
+            settings.client_read_deadline,
+            settings.client_write_timeout,
+            settings.client_write_deadline,
+        ) != (None, None, None, None)
+        self.record: Record | None = None
+        self.lease: AnyConnection | None = None
+        self.served = 0
+        self._close_mode = "close"
+
+    # -- the connection ---------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Serve requests until the connection ends, and close it. Raises nothing a peer could cause."""
+        try:
+            if self.worker.server_tls is None or self._shake_hands():
+                while self._serve_request():
+                    self.served += 1
+            self._end()
+        finally:
+            self.client.close()
+
+    def kill(self, cause_flag: bool = True) -> None:
+        """End the request in flight from another thread: its next wait raises."""
+        self.waiter.killed = cause_flag
+        # The thread may be waiting for long: an end of its input wakes it. TLS state is left alone.
+        socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
+
+    def _shake_hands(self) -> bool:
+        """TLS handshake under client_head_timeout, from its first byte.
+
+        Returns: whether requests may follow. A failure is one ``connection.abort``, since no request had begun.
+        """
+        client = self.client
+        assert isinstance(client, TlsEndpoint)
+        keepalive = self.settings.keepalive_timeout
+        if not self.waiter.idle(None if keepalive is None else time.monotonic() + keepalive.seconds):
+            self._closed("idle")
+            return False
+        began_at = time.monotonic()
+        try:
+            first = client.sock.recv(8, socket.MSG_PEEK)
+            if not first:
+                self._closed("no request")
+                return False
+            if first[0] != 0x16:
+                self._answer_plain_http()
+                raise Abort(
+                    Side.CLIENT,
+                    Phase.TLS_HANDSHAKE,
+                    Operation.HANDSHAKE,
+                    Cause.PROTOCOL,
+                    detail=f"plain text on a TLS port, beginning with {first!r}",
+                )
+            self.waiter.phase_of = lambda side, operation: Phase.TLS_HANDSHAKE
+            self._watch_head(began_at, Operation.HANDSHAKE)
+            while not client.handshake():
+                self.waiter.wait(client.read_event, -1, 0)
+            client.read_event = READABLE
+        except BlockingIOError:
+            return self._shake_hands()  # poll was wrong about readiness
+        except Abort as abort:
+            self._connection_abort(abort, began_at)
+            return False
+        except OSError as error:
+            if isinstance(error, ssl.SSLEOFError):
+                abort = Abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, Cause.CLOSED, original=error)
+            else:
+                abort = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error)
+            self._connection_abort(abort, began_at)
+            return False
+        finally:
+            self.waiter.watches.clear()
+        return True
+
+    def _answer_plain_http(self) -> None:
+        """Say in plain HTTP that TLS is spoken here: the client would see no more than garbage otherwise."""
+        text = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
+        body = f'{{"message": "{text}"}}\n'
+        head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        self._close_mode = "linger"
+        self.client.sock.send((head + body).encode("ascii"))
+
+    def _connection_abort(self, abort: Abort, began_at: float) -> None:
+        evidence = socket_evidence(self.client.sock)
+        what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
+        self.worker.log.event(
+            "warning",
+            "connection.abort",
+            message=f"TLS handshake with client {self.name} failed after {time.monotonic() - began_at:.1f} s ({abort.cause}): {what}",
+            connection_id=self.connection_id,
+            pid=self.worker.pid,
+            client=self.name,
+            duration_s=round(time.monotonic() - began_at, 6),
+            side=abort.side.value,
+            phase=abort.phase.value,
+            operation=abort.operation.value if abort.operation else None,
+            cause=abort.cause.value,
+            limit=describe_limit(abort),
+            error_type=abort.error_type,
+            exception=describe_exception(abort.original),
+            socket={"client": evidence, "upstream": None},
+        )
+
+    def _closed(self, why: str) -> None:
+        if self.worker.log.threshold <= 10:
+            self.worker.log.event(
+                "debug",
+                "connection.close",
+                message=f"client {self.name}: {why} after {self.served} requests",
+                connection_id=self.connection_id,
+                pid=self.worker.pid,
+                client=self.name,
+                requests=self.served,
+                why=why,
+            )
+
+    # -- one request ------------------------------------------------------------------------------------------------------
+
+    def _serve_request(self) -> bool:
+        """Relay one request and write its record. Returns: whether another may follow on this connection."""
+        octets = self._await_first_byte()
+        if not octets:
+            return False
+        worker = self.worker
+        self.record = record = Record(
+            worker.log, worker.tally, self._settle, worker.next_id(), self.connection_id, self.name, worker.pid, time.monotonic()
+        )
+        self._close_mode = "close"
+        with record:
+            head = self._read_head(octets, record)
+            prepared = prepare_request(head, self._context)
+            if prepared.request_id is not None:
+                record.request_id = prepared.request_id.decode("ascii")
+            self._judge(head)
+            self._exchange(record, head, prepared)
+            self._close_mode = "keep"
+        relay = record.relay
+        if relay is not None:
+            self._residue = relay.residue
+            relay.release()
+        self.record = None
+        self.waiter.watches.clear()
+        return self._close_mode == "keep"
+
+    def _await_first_byte(self) -> bytes:
+        """Wait for the next request. Returns: its first octets; b"" if there will be none."""
+        octets, self._residue = self._residue, b""
+        keepalive = self.settings.keepalive_timeout
+        until = None if keepalive is None else time.monotonic() + keepalive.seconds
+        if self.overflow:
+            until = time.monotonic() + _OVERFLOW_HEAD_S
+        skipped = False
+        while True:
+            # One empty line before a request begins nothing (RFC 9112 §2.2).
+            if not skipped and octets[:2] == b"\r\n":
+                octets = octets[2:]
+                skipped = True
+            if octets and (skipped or octets != b"\r"):
+                return octets
+            if not self.client.has_unread and not self.waiter.idle(until):
+                self._closed("shutdown" if self.worker.control.draining else "idle")
+                self._close_mode = "settle"
+                return b""
+            try:
+                more = self.client.read(_HEAD_READ)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                # Between two requests a reset is as good an end as any.
+                self._closed(f"{classify(error)}")
+                return b""
+            if not more:
+                self._closed("closed by the client")
+                self._close_mode = "settle"
+                return b""
+            octets += more
+
+    def _watch_head(self, first_at: float, operation: Operation) -> None:
+        limit: Limit | None = self.settings.client_head_timeout
+        deadline = self.settings.client_read_deadline if operation is Operation.READ else None
+        if limit is not None or deadline is not None:
+            watch = Watch(limit, deadline)
+            watch.start(first_at)
+            watch.wait(first_at)  # and no progress: it is a deadline in effect
+            self.waiter.watches.append(TimedWatch(watch, Side.CLIENT, operation))
+
+    def _read_head(self, octets: bytes, record: Record) -> RequestHead:
+        """Read until the head is whole, and parse it. What follows it stays in ``_residue``. Raises: Abort."""
+        max_size = self.settings.max_head_size
+        waiter = self.waiter
+        watching = False
+        scanned_from = 0
+        while True:
+            head_end = octets.find(b"\r\n\r\n", scanned_from)
+            if 0 <= head_end <= max_size.value - 4:
+                break
+            record.head_read = min(len(octets), max_size.value)
+            try:
+                check_partial_head(octets if head_end < 0 else octets[: head_end + 4])
+            except MalformedMessage as error:
+                raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
+            if len(octets) >= max_size.value:
+                self._learn_request_line(octets, record)
+                too_long_line = octets.find(b"\r\n", 0, max_size.value) < 0
+                what = "the request line" if too_long_line else "the request head"
+                raise Abort(
+                    Side.CLIENT,
+                    Phase.REQUEST_HEAD,
+                    Operation.READ,
+                    Cause.LIMIT,
+                    limit=max_size,
+                    status=414 if too_long_line else 431,
+                    detail=f"{what} is larger",
+                    reject=True,
+                )
+            if not watching:
+                watching = True
+                waiter.phase_of = _request_head_phase
+                self._watch_head(record.first_at, Operation.READ)
+            scanned_from = max(0, len(octets) - 3)
+            octets += self._read_more()
+        head_octets = octets[: head_end + 4]
+        self._residue = octets[head_end + 4 :]
+        record.head_read = len(head_octets)
+        if watching:
+            waiter.watches.clear()
+        try:
+            head = parse_request_head(head_octets, self._memory)
+        except MalformedMessage as error:
+            self._learn_request_line(octets, record)
+            raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
+        record.head = head
+        record.head_at = time.monotonic()
+        return head
+
+    def _read_more(self) -> bytes:
+        """Read more of a request head. Raises: Abort if there is no more."""
+        client = self.client
+        while True:
+            if not client.has_unread:
+                self.waiter.wait(client.read_event, -1, 0)
+            try:
+                more = client.read(_HEAD_READ)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                limit = dead_peer_limit(self.settings, client)
+                raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
+            if not more:
+                raise Abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, Cause.CLOSED)
+            return more
+
+    def _learn_request_line(self, octets: bytes, record: Record) -> None:
+        """Keep method and target of a refused head for the record, if its first line tells them."""
+        match = REQUEST_LINE.fullmatch(octets[: max(0, octets.find(b"\r\n"))])
+        if match is not None:
+            record.request_line = (match[1], match[2])
+
+    def _judge(self, head: RequestHead) -> None:
+        """Refuse what may not pass, on the head alone. Raises: Abort with ``reject``."""
+        if self.overflow:
+            raise Abort(
+                Side.PROXY,
+                Phase.REQUEST_HEAD,
+                None,
+                Cause.LIMIT,
+                limit=self.settings.max_connections,
+                detail="all connections the proxy may hold are taken",
+                reject=True,
+            )
+        if head.method == b"CONNECT":
+            raise Abort(
+                Side.CLIENT,
+                Phase.REQUEST_HEAD,
+                Operation.READ,
+                Cause.FORBIDDEN,
+                status=405,
+                detail="this is a reverse proxy and opens no tunnels",
+                reject=True,
+            )
+        bound = self.settings.max_body_size
+        length = head.section.content_length
+        if bound is not None and length is not None and length > bound.value:
+            raise Abort(
+                Side.CLIENT,
+                Phase.REQUEST_HEAD,
+                Operation.READ,
+                Cause.LIMIT,
+                limit=bound,
+                status=413,
+                detail=f"the announced body has {length:,} bytes",
+                reject=True,
+            )
+
+    def _exchange(self, record: Record, head: RequestHead, prepared: PreparedRequest) -> None:
+        """Lease an upstream connection and relay over it; once more on a fresh one where the first had gone stale.
+
+        Raises: Abort.
+        """
+        body, self._residue = self._residue, b""
+        request_id = record.request_id.encode("ascii")
+        head_octets = serialize_request(head, prepared, request_id)
+        waiter = self.waiter
+        client_read, client_write = self._client_watches(record, head) if self._client_limits else (None, None)
+        while True:
+            relay = Relay(
+                self.settings,
+                self.worker.bounds,
+                waiter,
+                self.worker.pipes,
+                head,
+                prepared,
+                request_framing(head.section, self.settings.max_head_size.value),
+                request_id,
+                self._context.proxy_name,
+            )
+            relay.residue = body
+            relay.client_read_watch = client_read
+            relay.client_write_watch = client_write
+            record.relay = relay
+            connection = self.worker.pool.lease()
+            self.lease = connection
+            reused = connection.is_open
+            if not reused:
+                base_watches = list(waiter.watches)
+                self._connect(connection, head)
+                waiter.watches[:] = base_watches
+            upstream = connection.endpoint
+            assert upstream is not None
+            record.upstream = connection.name
+            now = time.monotonic()
+            record.connected_at = now
+            try:
+                relay.residue = b""
+                relay.attach(upstream, connection.memory, head_octets, body, now)
+                relay.run()
+            except Abort as abort:
+                # The only catch between the fact and the record: a kept connection that had gone stale proves nothing about upstream.
+                if not reused or record.attempts or not _may_retry(abort, relay, head):
+                    raise
+                record.attempts.append(_attempt(abort, connection.name))
+                self._drop_lease()
+                waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
+                continue
+            self._return_lease(relay, connection)
+            return
+
+    def _client_watches(self, record: Record, head: RequestHead) -> tuple[Watch | None, Watch | None]:
+        """The limits on the client's socket that run for the whole exchange."""
+        settings = self.settings
+        assert record.head_at is not None
+        read = write = None
+        if settings.client_read_timeout is not None or settings.client_read_deadline is not None:
+            if head.section.chunked or head.section.content_length:
+                read = Watch(settings.client_read_timeout, settings.client_read_deadline)
+                read.start(record.first_at)
+                self.waiter.watches.append(TimedWatch(read, Side.CLIENT, Operation.READ))
+        if settings.client_write_timeout is not None or settings.client_write_deadline is not None:
+            write = Watch(settings.client_write_timeout, settings.client_write_deadline)
+            write.start(record.head_at)
+            self.waiter.watches.append(TimedWatch(write, Side.CLIENT, Operation.WRITE))
+        return read, write
+
+    def _connect(self, connection: AnyConnection, head: RequestHead) -> None:
+        """Connect to upstream under its limit, with an eye on the client. Raises: Abort."""
+        waiter = self.waiter
+        limit = self.settings.upstream_connect_timeout
+        began_at = time.monotonic()
+        if limit is not None:
+            watch = Watch(limit, None)
+            watch.wait(began_at)
+            waiter.watches.append(TimedWatch(watch, Side.UPSTREAM, Operation.CONNECT))
+
+        def phase_of(side: Side, operation: Operation) -> Phase:
+            if side is Side.CLIENT:
+                return Phase.REQUEST_BODY if operation is Operation.READ else Phase.CONNECT
+            return Phase.TLS_HANDSHAKE if isinstance(connection.sock, TlsEndpoint) else Phase.CONNECT
+
+        def wait(fd: int, events: int, at_most_s: float | None) -> bool:
+            due_at = None if at_most_s is None else time.monotonic() + at_most_s
+            mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
+            while True:
+                client_ready, upstream_ready, now = waiter.wait(mask, fd, events, due_at)
+                if client_ready & HUNG_UP:
+                    failed = bool(client_ready & select.POLLERR)
+                    raise Abort(
+                        Side.CLIENT,
+                        Phase.CONNECT,
+                        Operation.READ,
+                        Cause.RESET if failed else Cause.CLOSED,
+                    )
+                if upstream_ready or (due_at is not None and now >= due_at):
+                    return bool(upstream_ready)
+
+        waiter.phase_of = phase_of
+        try:
+            connection.open(wait)
+        except Abort as abort:
+            if abort.limit is limit and limit is not None and abort.phase is Phase.TLS_HANDSHAKE:
+                abort.operation = Operation.HANDSHAKE
+            raise
+        finally:
+            waiter.forget_upstream()
+
+    def _return_lease(self, relay: Relay, connection: AnyConnection) -> None:
+        """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
+        upstream = connection.endpoint
+        assert upstream is not None
+        self.waiter.forget_upstream()
+        self.lease = None
+        if relay.upstream_usable and relay.request.finished and not relay.tunnel and not upstream.has_unread:
+            self.worker.pool.release(connection)
+            return
+        self._say_goodbye(upstream)
+        connection.close()
+
+    def _say_goodbye(self, endpoint: AnyEndpoint) -> None:
+        """close_notify at an orderly end under TLS; best effort, as the connection is done with."""
+        if isinstance(endpoint, TlsEndpoint):
+            try:
+                endpoint.end_write()
+            except OSError:
+                return  # the peer has gone first: nothing is owed to it
+
+    def _drop_lease(self) -> None:
+        """Close the upstream connection in the middle of an exchange: that is how upstream is told that nobody waits any more."""
+        connection, self.lease = self.lease, None
+        if connection is None:
+            return
+        self.waiter.forget_upstream()
+        connection.close()
+
+    # -- the end of one request -----------------------------------------------------------------------------------------------
+
+    def _settle(self, record: Record, abort: Abort | None) -> Abort | None:
+        """End an exchange: await delivery, or read the evidence, tell upstream, and tell the client.
+
+        Returns: the abort, if there is one by now. Sets ``_close_mode``.
+        """
+        relay = record.relay
+        if abort is None:
+            assert relay is not None
+            try:
+                if relay.response.written >= _SETTLE_MIN:
+                    self._await_delivery()
+            except Abort as late:
+                abort = late
+            else:
+                self._close_mode = self._mode_after(relay)
+                return None
+        record.client_evidence = socket_evidence(self.client.sock)
+        connection = self.lease
+        if connection is not None and connection.sock is not None:
+            upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
+            record.upstream_evidence = socket_evidence(upstream_sock)
+        if connection is not None and connection.endpoint is None and relay is not None and abort.phase is not Phase.CONNECT:
+            record.upstream = connection.name or None
+        self._drop_lease()
+        self._tell_client(record, abort)
+        return abort
+
+    def _mode_after(self, relay: Relay) -> str:
+        if relay.tunnel or not relay.request.framing.complete:
+            return "linger"
+        return "linger" if relay.close_client else "keep"
+
+    def _await_delivery(self) -> None:
+        """Wait until the client's kernel has acknowledged the whole response, or for a while.
+
+        Raises: Abort if the client is lost meanwhile.
+        """
+        client = self.client
+        until = time.monotonic() + _SETTLE_S
+        pause_s = 0.0005
+        self.waiter.watches.clear()
+        self.waiter.phase_of = _response_body_phase
+        while unacknowledged_bytes(client.sock):
+            now = time.monotonic()
+            if now >= until or self.worker.control.draining:
+                return
+            client_ready, _, _ = self.waiter.wait(0, -1, 0, min(until, now + pause_s))
+            if client_ready & FAILED:
+                number = client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                error = OSError(number, os.strerror(number)) if number else None
+                raise Abort(
+                    Side.CLIENT,
+                    Phase.RESPONSE_BODY,
+                    Operation.WRITE,
+                    classify(error) if error is not None else Cause.RESET,
+                    original=error,
+                )
+            pause_s = min(pause_s * 2, 0.05)
+
+    def _tell_client(self, record: Record, abort: Abort) -> None:
+        """Answer the client if nothing of a response has gone out, else cut the response so that it can't look whole."""
+        relay = record.relay
+        gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
+        self._close_mode = "close"
+        if gone:
+            return
+        if relay is None or not (relay.head_out or relay.mid_head):
+            if abort.status is not None:
+                self._answer(record, abort, abort.status)
+                self._close_mode = "linger"
+            return
+        if relay.tunnel:
+            self._close_mode = "reset"
+            return
+        framed_by_end = relay.response.framing.ends_with_connection or relay.response.dechunk
+        if relay.between_lines():
+            message = record.sentence(abort, time.monotonic()) + f" (request id {record.request_id})"
+            line = error_line(message)
+            if relay.response.framing.ends_with_connection or relay.response.dechunk:
+                record.answered_bytes += self._write_out(line)
+            else:
+                record.answered_bytes += self._write_out(b"%x\r\n%b\r\n" % (len(line), line))
+        self._close_mode = "reset" if framed_by_end else "cut"
+
+    def _answer(self, record: Record, abort: Abort, status: int) -> None:
+        message = record.sentence(abort, time.monotonic()) + f" (request id {record.request_id})"
+        head_only = record.head is not None and record.head.method == b"HEAD"
+        octets = error_response(abort, status, message, self.settings.proxy_name, record.request_id, head_only=head_only)
+        written = self._write_out(octets)
+        record.answered_bytes += written
+        if written:
+            record.answered = status
+
+    def _write_out(self, octets: bytes) -> int:
+        """Write the proxy's own octets to the client, within a moment. Returns: how many went out."""
+        client = self.client
+        poller = select.poll()
+        poller.register(client.fd, WRITABLE)
+        until = time.monotonic() + _ANSWER_S
+        done = 0
+        while done < len(octets):
+            try:
+                done += client.write(memoryview(octets)[done:])
+            except BlockingIOError:
+                left_s = until - time.monotonic()
+                if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
+                    break
+            except OSError:
+                break  # the abort that is being answered is the first error, and the one that is logged
+        return done
+
+    # -- the end of the connection ---------------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """End the connection as the last exchange left it."""
+        mode = self._close_mode
+        if mode == "reset":
+            self._await_empty(time.monotonic() + _ANSWER_S)
+            reset_on_close(self.client.sock)
+            return
+        if mode == "close":
+            return
+        try:
+            if mode != "cut":
+                self.client.end_write()  # under TLS close_notify, which a cut response must not have
+                self._flush_for(time.monotonic() + _ANSWER_S)
+            self.client.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # the client has closed already
+        if mode != "settle":
+            self._linger()
+        self._await_empty(None)
+
+    def _flush_for(self, until: float) -> None:
+        poller = select.poll()
+        poller.register(self.client.fd, WRITABLE)
+        while not self.client.flush() and time.monotonic() < until:
+            poller.poll(100)
+
+    def _linger(self) -> None:
+        """Read and drop what the client still sends until it has seen our end, since closing with unread data would reset the connection and
+        destroy the answer on its way (RFC 9112 §9.6)."""
+        sock = self.client.sock
+        poller = select.poll()
+        poller.register(self.client.fd, READABLE)
+        until = time.monotonic() + _LINGER_S
+        drained = 0
+        while drained < _LINGER_BYTES and not self.worker.control.ending:
+            left_s = min(until - time.monotonic(), _LINGER_IDLE_S)
+            if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
+                return
+            try:
+                octets = sock.recv(_HEAD_READ)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return  # a reset ends the lingering as well as anything
+            if not octets:
+                return
+            drained += len(octets)
+
+    def _await_empty(self, until: float | None) -> None:
+        """Hold the socket until the client's kernel has taken everything.
+
+        A closed socket with unsent data is an orphan, and the kernel gives up on orphans whose reader pauses for some minutes; a socket
+        that is held it never gives up on while the reader lives.
+        """
+        client = self.client
+        control = self.worker.control
+        pause_s = 0.001
+        poller = select.poll()
+        poller.register(client.fd, 0)
+        dead = self.settings.peer_dead_timeout
+        while unacknowledged_bytes(client.sock):
+            now = time.monotonic()
+            if until is not None and now >= until:
+                return
+            if control.ending or (control.draining and now >= control.drain_until):
+                return
+            if poller.poll(int(pause_s * 1000) + 1):
+                return  # failed: nothing will be taken any more
+            if dead is not None and client.pulse is not None and client.pulse.silent_s(client.sock, now) >= dead.seconds:
+                return
+            pause_s = min(pause_s * 2, 1.0)
+
+
+def _request_head_phase(side: Side, operation: Operation) -> Phase:
+    return Phase.REQUEST_HEAD
+
+
+def _response_body_phase(side: Side, operation: Operation) -> Phase:
+    return Phase.RESPONSE_BODY
+
+
+def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
+    """Whether a request may be sent again after a kept connection failed: nothing came back, all of it is still at hand, and sending it
+    twice does no harm (RFC 9110 §9.2.2)."""
+    return (
+        abort.side is Side.UPSTREAM
+        and abort.cause in (Cause.CLOSED, Cause.RESET)
+        and relay.response.read == 0
+        and not relay.head_octets
+        and relay.body_reads == 0
+        and (head.method in _IDEMPOTENT or relay.request.written == 0)
+    )
+
+
+def _attempt(abort: Abort, upstream: str) -> dict[str, object]:
+    return {
+        "upstream": upstream,
+        "phase": abort.phase.value,
+        "operation": abort.operation.value if abort.operation else None,
+        "cause": abort.cause.value,
+        "exception": describe_exception(abort.original),
+    }
+
+

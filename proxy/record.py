@@ -1,0 +1,458 @@
+"""What is known of one request, and the one terminal event it ends in, whatever happens.
+
+``Record`` is a context manager around everything that is done for a request. It sees every exception: an ``Abort`` as it is, anything else as a bug of the
+proxy's own (``cause: internal``). It decides which of the three events is written, writes it once, and counts it. How the client is answered is
+decided by its owner, through ``settle``, in between.
+"""
+
+import collections.abc
+import errno
+import json
+import re
+import threading
+import time
+import traceback
+import types
+
+from .aborts import Abort
+from .head import RequestHead
+from .limits import Bound, Limit
+from .log import EventLog
+from .relay import Relay
+from .vocabulary import Cause, Operation, Phase, Side
+
+# Query fields whose values are secrets by name.
+_SECRET_FIELDS = re.compile(
+    rb"([?&](?:access_token|api[_-]?key|auth|authorization|client_secret|credentials?|key|pass|password|passwd|pwd|secret|session|sig|signature|"
+    rb"token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
+    re.IGNORECASE,
+)
+_quote = json.encoder.encode_basestring_ascii
+
+
+def printable(octets: bytes) -> str:
+    """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
+    text = octets.decode("ascii", "backslashreplace")
+    return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
+
+
+def mask_secrets(target: bytes) -> bytes:
+    """Returns: ``target`` with the values of known secret query fields replaced by ``***``."""
+    return _SECRET_FIELDS.sub(rb"\1***", target) if b"?" in target else target
+
+
+class Tally:
+    """Counts of requests, shared between the worker, its threads and the process above it."""
+
+    NAMES = ("begun", "complete", "reject", "abort", "connections", "lost_lines")
+
+    __slots__ = ("_cells", "_lock")
+
+    def __init__(self, cells: memoryview) -> None:
+        """``cells`` are ``len(NAMES)`` unsigned 64-bit numbers in memory that may be shared between processes."""
+        self._cells = cells
+        self._lock = threading.Lock()  # guards _cells against the other threads of this process, the only one that writes them
+
+    def add(self, index: int, count: int = 1) -> None:
+        """Add to the count of ``NAMES[index]``."""
+        with self._lock:
+            self._cells[index] += count
+
+    def set(self, index: int, value: int) -> None:
+        """Set what is no count of events: ``connections`` of a dead worker, ``lost_lines``."""
+        with self._lock:
+            self._cells[index] = value
+
+    def counts(self) -> dict[str, int]:
+        """Returns: all counts by name."""
+        return dict(zip(self.NAMES, self._cells, strict=True))
+
+
+BEGUN, COMPLETE, REJECT, ABORT, CONNECTIONS, LOST_LINES = range(6)
+_EVENT_INDEX = {"request.complete": COMPLETE, "request.reject": REJECT, "request.abort": ABORT}
+
+
+class Record:
+    """One request from its first byte to its event. Used by the thread that holds the connection; others may read it."""
+
+    __slots__ = (
+        "_log",
+        "_settle",
+        "_tally",
+        "abort",
+        "answered",
+        "answered_bytes",
+        "attempts",
+        "client",
+        "client_evidence",
+        "connected_at",
+        "connection_id",
+        "first_at",
+        "head",
+        "head_at",
+        "head_read",
+        "pid",
+        "relay",
+        "request_id",
+        "request_line",
+        "upstream",
+        "upstream_evidence",
+    )
+
+    def __init__(
+        self,
+        log: EventLog,
+        tally: Tally,
+        settle: collections.abc.Callable[["Record", Abort | None], Abort | None],
+        request_id: str,
+        connection_id: str,
+        client: str,
+        pid: int,
+        first_at: float,
+    ) -> None:
+        """A request has begun: its first byte came at ``first_at``.
+
+        ``settle`` is called once at the end: it reads the evidence, answers the client, and returns the abort if there is one, since the end of a
+        response can still fail.
+        """
+        self._log = log
+        self._tally = tally
+        self._settle = settle
+        self.request_id = request_id
+        self.connection_id = connection_id
+        self.client = client
+        self.pid = pid
+        self.first_at = first_at
+        self.head: RequestHead | None = None
+        self.request_line: tuple[bytes, bytes] | None = None  # method and target, where the head was refused
+        self.head_read = 0  # octets of the head
+        self.head_at: float | None = None
+        self.connected_at: float | None = None
+        self.relay: Relay | None = None
+        self.upstream: str | None = None
+        self.abort: Abort | None = None
+        self.answered: int | None = None  # the status of the proxy's own response
+        self.answered_bytes = 0  # written by the proxy itself, its own response or last line
+        self.attempts: list[dict[str, object]] = []
+        self.client_evidence: dict[str, object] | None = None
+        self.upstream_evidence: dict[str, object] | None = None
+        tally.add(BEGUN)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> bool:
+        """Settle, write the event, count it. Swallows every ``Exception``: it is in the event now."""
+        abort = None if error is None else error if isinstance(error, Abort) else self._bug(error)
+        try:
+            abort = self._settle(self, abort)
+        except Exception as bug:  # noqa: BLE001  # the promise of one event holds for bugs of the ending, too
+            if abort is None:
+                abort = self._bug(bug)
+            else:
+                abort.add_note(f"while ending: {bug!r}")
+        self.abort = abort
+        if abort is None:
+            event, level = "request.complete", "info"
+        elif abort.reject:
+            event, level = "request.reject", "warning"
+        else:
+            event, level = "request.abort", "warning"
+        self._tally.add(_EVENT_INDEX[event])
+        try:
+            if abort is None:
+                if self._log.info_enabled:
+                    self._log.write(self._complete_line())
+            else:
+                self._log.event(level, event, **self.fields(abort))
+        except Exception as bug:  # noqa: BLE001  # a bug in making the line must not cost the line
+            self._log.event(
+                level,
+                event,
+                message=f"the record of this request could not be made: {bug!r}",
+                request_id=self.request_id,
+                connection_id=self.connection_id,
+                pid=self.pid,
+                client=self.client,
+                side="proxy",
+                cause="internal",
+                exception=describe_exception(bug),
+            )
+        return error is None or isinstance(error, Exception)
+
+    def _bug(self, error: BaseException) -> Abort:
+        cause = Cause.RESOURCE if isinstance(error, MemoryError) else Cause.INTERNAL
+        phase = self.relay.phase_of(Side.PROXY, Operation.READ) if self.relay is not None else Phase.REQUEST_HEAD
+        return Abort(Side.PROXY, phase, None, cause, original=error)
+
+    # -- what the event says ----------------------------------------------------------------------------------------------
+
+    def method_and_target(self) -> tuple[str | None, str | None]:
+        """Returns: both as they are logged, None where the head never told."""
+        if self.head is not None:
+            return printable(self.head.method), printable(mask_secrets(self.head.target))
+        if self.request_line is not None:
+            return printable(self.request_line[0]), printable(mask_secrets(self.request_line[1]))
+        return None, None
+
+    def bytes(self) -> dict[str, int]:
+        """Returns: the ``bytes`` field."""
+        relay = self.relay
+        if relay is None:
+            return {
+                "client_read": self.head_read,
+                "client_written": self.answered_bytes,
+                "upstream_read": 0,
+                "upstream_written": 0,
+                "request_body": 0,
+                "response_body": 0,
+            }
+        return {
+            "client_read": self.head_read + relay.request.read,
+            "client_written": relay.response.written + self.answered_bytes,
+            "upstream_read": relay.response.read + len(relay.head_octets),
+            "upstream_written": relay.request.written,
+            "request_body": relay.request.relayed_content(),
+            "response_body": relay.response.relayed_content(),
+        }
+
+    def status(self) -> int | None:
+        """Returns: what the client was sent."""
+        if self.answered is not None:
+            return self.answered
+        relay = self.relay
+        return relay.response_head.status if relay is not None and relay.response_head is not None and relay.head_out else None
+
+    def _complete_line(self) -> str:
+        """The line of ``request.complete``, without the general way through dictionaries: it is written for every small request."""
+        relay, head = self.relay, self.head
+        assert relay is not None and head is not None and relay.response_head is not None
+        request, response = relay.request, relay.response
+        request_body, response_body = request.relayed_content(), response.relayed_content()
+        first_at = self.first_at
+        end_at = relay.last_byte_at or time.monotonic()
+        method = printable(head.method)
+        target = printable(mask_secrets(head.target))
+        status = relay.response_head.status
+        expected_request = head.section.content_length
+        expected_response = relay.response_head.section.content_length
+        timing = f'"head":{(self.head_at or first_at) - first_at:.6f}'
+        if self.connected_at is not None:
+            timing += f',"connected":{self.connected_at - first_at:.6f}'
+        if relay.sent_at is not None:
+            timing += f',"request_sent":{relay.sent_at - first_at:.6f}'
+        if relay.first_byte_at is not None:
+            timing += f',"first_byte":{relay.first_byte_at - first_at:.6f}'
+        message = (
+            f"{method} {target} answered {status} in {end_at - first_at:.3f} s: {response_body:,} bytes of content to client {self.client}"
+        )
+        return (
+            f'{{"time":"{self._log.timestamp()}","level":"info","event":"request.complete","schema_version":1,'
+            f'"message":{_quote(message)},"request_id":"{self.request_id}","connection_id":"{self.connection_id}","pid":{self.pid},'
+            f'"client":{_quote(self.client)},"upstream":{_quote(self.upstream) if self.upstream is not None else "null"},'
+            f'"method":{_quote(method)},"target":{_quote(target)},"status":{status},'
+            f'"bytes":{{"client_read":{self.head_read + request.read},"client_written":{response.written},'
+            f'"upstream_read":{response.read},"upstream_written":{request.written},'
+            f'"request_body":{request_body},"response_body":{response_body}}},'
+            f'"expected":{{"request_body":{"null" if expected_request is None else expected_request},'
+            f'"response_body":{"null" if expected_response is None else expected_response}}},'
+            f'"duration_s":{end_at - first_at:.6f},"timing_s":{{{timing},"last_byte":{end_at - first_at:.6f}}}'
+            f"{self._attempts_json()}}}\n"
+        )
+
+    def _attempts_json(self) -> str:
+        return f',"attempts":{json.dumps(self.attempts)}' if self.attempts else ""
+
+    def fields(self, abort: Abort | None) -> dict[str, object]:
+        """Returns: the fields of the contract, those of an abort included if there is one."""
+        now = time.monotonic()
+        relay = self.relay
+        first_at = self.first_at
+        method, target = self.method_and_target()
+        timing: dict[str, float] = {}
+        expected: dict[str, int | None] = {
+            "request_body": self.head.section.content_length if self.head is not None else None,
+            "response_body": None,
+        }
+        moments: list[tuple[str, float | None]] = [("head", self.head_at), ("connected", self.connected_at)]
+        if relay is not None:
+            if relay.response_head is not None:
+                expected["response_body"] = relay.response_head.section.content_length
+            moments += [("request_sent", relay.sent_at), ("first_byte", relay.first_byte_at), ("last_byte", relay.last_byte_at)]
+        for name, at in moments:
+            if at is not None:
+                timing[name] = round(at - first_at, 6)
+        fields: dict[str, object] = {
+            "message": "",
+            "request_id": self.request_id,
+            "connection_id": self.connection_id,
+            "pid": self.pid,
+            "client": self.client,
+            "upstream": self.upstream,
+            "method": method,
+            "target": target,
+            "status": self.status(),
+            "bytes": self.bytes(),
+            "expected": expected,
+            "duration_s": round(now - first_at, 6),
+            "timing_s": timing,
+        }
+        if self.attempts:
+            fields["attempts"] = self.attempts
+        if abort is not None:
+            fields |= self._abort_fields(abort, now)
+            fields["message"] = self.sentence(abort, now)
+        return fields
+
+    def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
+        relay = self.relay
+        fields: dict[str, object] = {
+            "side": abort.side.value,
+            "phase": abort.phase.value,
+            "operation": abort.operation.value if abort.operation is not None else None,
+            "cause": abort.cause.value,
+            "limit": describe_limit(abort),
+            "error_type": abort.error_type,
+            "exception": describe_exception(abort.original),
+            "stalled_s": self._stalled(now),
+            "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
+            "events": [
+                {"t": round(at - self.first_at, 6), "side": side, "what": what}
+                for at, side, what in (relay.events if relay is not None else [])
+            ],
+        }
+        notes = getattr(abort, "__notes__", None)
+        if notes:
+            fields["notes"] = list(notes)
+        if abort.cause is Cause.INTERNAL and abort.original is not None:
+            fields["traceback"] = "".join(traceback.format_exception(abort.original))[-8192:]
+        return fields
+
+    def _stalled(self, now: float) -> dict[str, float]:
+        """Time since the last byte moved, for each side and direction that was open."""
+        relay = self.relay
+        if relay is None:
+            return {"client_read": round(now - (self.head_at or self.first_at), 6)}
+        began = self.connected_at or self.head_at or self.first_at
+        stalled: dict[str, float] = {}
+        if not relay.request.finished:
+            stalled["client_read"] = round(now - (relay.request.last_read_at or self.head_at or self.first_at), 6)
+            stalled["upstream_write"] = round(now - (relay.request.last_written_at or began), 6)
+        if not relay.response.finished and relay.upstream is not None:
+            stalled["upstream_read"] = round(now - (relay.response.last_read_at or began), 6)
+            stalled["client_write"] = round(now - (relay.response.last_written_at or began), 6)
+        return stalled
+
+    def sentence(self, abort: Abort, now: float) -> str:
+        """Returns: one plain sentence a person can act on: side, cause, limit with value and source, bytes."""
+        method, target = self.method_and_target()
+        what = f"{method} {target}" if method is not None else "a request"
+        if len(what) > 300:
+            what = what[:300] + "..."
+        duration_s = now - self.first_at
+        counts = self.bytes()
+        client, upstream = f"client {self.client}", f"upstream {self.upstream or 'not reached'}"
+        who = {Side.CLIENT: client, Side.UPSTREAM: upstream, Side.PROXY: "the proxy"}[abort.side]
+        detail = f" ({abort.detail})" if abort.detail else ""
+        limit = f"{abort.limit}" if abort.limit is not None else "a limit"
+        match abort.cause:
+            case Cause.TIMEOUT | Cause.DEADLINE:
+                begin = f"{limit} ended {what} after {duration_s:.1f} s"
+            case Cause.LIMIT:
+                begin = f"{limit} ended {what} after {duration_s:.1f} s{detail}"
+            case Cause.DEAD_PEER:
+                begin = f"{who} answered nothing any more (dead peer{', ' + limit if abort.limit is not None else ''}), which ended {what} after {duration_s:.1f} s"
+            case Cause.CLOSED:
+                begin = f"{who} closed the connection {_PHASE_WORDS[abort.phase]} and ended {what} after {duration_s:.1f} s{detail}"
+            case Cause.RESET:
+                begin = f"{who} reset the connection {_PHASE_WORDS[abort.phase]} and ended {what} after {duration_s:.1f} s{detail}"
+            case Cause.REFUSED | Cause.UNREACHABLE | Cause.DNS:
+                begin = f"{upstream} could not be reached ({abort.cause}: {_error_text(abort.original)}), which ended {what} after {duration_s:.1f} s"
+            case Cause.TLS:
+                begin = f"TLS with {who} failed {_PHASE_WORDS[abort.phase]} ({_error_text(abort.original)}), which ended {what} after {duration_s:.1f} s"
+            case Cause.PROTOCOL:
+                kind = "response" if abort.side is Side.UPSTREAM else "request"
+                begin = f"{who} sent a {kind} that is not valid HTTP/1.1: {abort.detail or _error_text(abort.original)}"
+            case Cause.FORBIDDEN | Cause.UNAUTHORIZED:
+                begin = f"{what} of {client} was refused{detail}"
+            case Cause.RESOURCE:
+                begin = f"the proxy ran out of a resource ({_error_text(abort.original)}), which ended {what} after {duration_s:.1f} s{detail}"
+            case Cause.KILLED:
+                begin = f"{what} was ended through the admin listener after {duration_s:.1f} s"
+            case Cause.SHUTDOWN:
+                begin = f"the proxy was told to stop and ended {what} after {duration_s:.1f} s"
+            case Cause.INTERNAL:
+                begin = f"a bug in the proxy ended {what} after {duration_s:.1f} s ({_error_text(abort.original)})"
+        if abort.reject:
+            return f"{begin}; refused, nothing of it went upstream"
+        return f"{begin}: {self._progress(abort, counts, client, upstream)}"
+
+    def _progress(self, abort: Abort, counts: dict[str, int], client: str, upstream: str) -> str:
+        relay = self.relay
+        if abort.phase is Phase.REQUEST_HEAD:
+            return f"{counts['client_read']:,} bytes of the request head had come from {client}"
+        if relay is None or relay.upstream is None:
+            return f"nothing of it had reached upstream; {client}"
+        if abort.phase is Phase.TUNNEL:
+            return (
+                f"{counts['request_body']:,} bytes had passed from {client} to {upstream}, {counts['response_body']:,} bytes back"
+            )
+        if abort.phase is Phase.REQUEST_BODY:
+            length = self.head.section.content_length if self.head is not None else None
+            of = f" of {length:,}" if length is not None else ""
+            return f"{counts['request_body']:,}{of} bytes of the request body had reached {upstream} from {client}"
+        if not relay.head_out:
+            waiting = "the request was sent" if relay.request.finished else "the request was being sent"
+            return f"{waiting} and no response had reached {client}, {upstream} had answered {counts['upstream_read']:,} bytes"
+        doing = f", {upstream} was still sending" if abort.side is not Side.UPSTREAM else ""
+        length = relay.response_head.section.content_length if relay.response_head is not None else None
+        of = f" of {length:,}" if length is not None else ""
+        return f"{counts['response_body']:,}{of} bytes of the response had reached {client}{doing}"
+
+
+_PHASE_WORDS = {
+    Phase.TLS_HANDSHAKE: "during the TLS handshake",
+    Phase.REQUEST_HEAD: "in the middle of the request head",
+    Phase.CONNECT: "while upstream was being connected",
+    Phase.REQUEST_BODY: "in the middle of the request body",
+    Phase.RESPONSE_HEAD: "while the response was awaited",
+    Phase.RESPONSE_BODY: "in the middle of the response",
+    Phase.TUNNEL: "in the middle of the tunnel",
+}
+
+
+def _error_text(error: BaseException | None) -> str:
+    if error is None:
+        return "no further reason"
+    if isinstance(error, OSError) and error.strerror:
+        return printable(error.strerror.encode("utf-8", "backslashreplace"))[:200]
+    return printable(f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace"))[:200]
+
+
+def describe_exception(error: BaseException | None) -> dict[str, object] | None:
+    """Returns: the ``exception`` field: class, errno name and text, or None."""
+    if error is None:
+        return None
+    number = error.errno if isinstance(error, OSError) else None
+    name = errno.errorcode.get(number) if isinstance(number, int) else None
+    return {
+        "class": type(error).__name__,
+        "errno": name,
+        "text": printable(str(error).encode("utf-8", "backslashreplace"))[:1024],
+    }
+
+
+def describe_limit(abort: Abort) -> dict[str, object] | None:
+    """Returns: the ``limit`` field, or None where no option is behind the abort."""
+    match abort.limit:
+        case Limit(name, seconds, source):
+            limit: dict[str, object] = {"name": name, "seconds": seconds, "source": source}
+            if abort.elapsed_s is not None:
+                limit["elapsed_s"] = round(abort.elapsed_s, 3)
+            return limit
+        case Bound(name, value, source):
+            return {"name": name, "value": value, "source": source}
+        case None:
+            return None

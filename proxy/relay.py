@@ -1,0 +1,848 @@
+"""One loop for everything between the request head and the end of the response: upload, early answer, download, tunnel.
+
+Two flows, client to upstream and back, each with its framing, its counters and at most one buffer of octets on the way. The loop polls a
+source only while its flow holds nothing, and a sink only while it does: that is the back-pressure, and what the limits go by. Raises an ``Abort`` where
+it sees the fact; answers, logs and closes nothing.
+
+Invariant: octets are read from a source only when all read before have been written.
+"""
+
+import os
+import select
+import socket
+import time
+
+from .aborts import Abort, malformed_request, malformed_response, socket_abort
+from .config import Settings
+from .docker import hijacks, is_message_stream
+from .endpoint import READABLE, WRITABLE, AnyEndpoint
+from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines
+from .framing import NO_BODY, ConnectionFraming, Framing, Mark, response_framing
+from .grammar import MalformedMessage
+from .head import RequestHead, ResponseHead, SectionMemory, parse_response_head
+from .kernel import POLLRDHUP, SplicePipe
+from .limits import Bound, Limit, Watch
+from .vocabulary import Cause, Operation, Phase, Side
+from .waiting import FAILED, HUNG_UP, TimedWatch, Waiter
+
+# A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
+_FIRST_READ = 64 * 1024
+_BULK_BUFFER = 256 * 1024
+# Below this, two system calls through a pipe cost more than copying (scripts/bench measures both).
+_SPLICE_MIN = 128 * 1024
+_SPLICE_AT_ONCE = 1024 * 1024
+# What a client may send ahead of its turn while its response is awaited under TLS, where poll can't tell a FIN from data.
+_MAX_RESIDUE = 64 * 1024
+_FREE_PIPES = 32
+
+
+class PipeStore:
+    """Empty pipes of one worker, kept for the next bulk transfer."""
+
+    __slots__ = ("_free",)
+
+    def __init__(self) -> None:
+        self._free: list[SplicePipe] = []
+
+    def take(self) -> SplicePipe | None:
+        """Returns: an empty pipe, or None where no more are to be had: copy, then."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            pass  # none is free: make one
+        try:
+            return SplicePipe()
+        except OSError:
+            return None
+
+    def give(self, pipe: SplicePipe) -> None:
+        """Take a pipe back; one that still holds octets of a broken transfer is closed."""
+        if pipe.held or len(self._free) >= _FREE_PIPES:
+            pipe.close()
+        else:
+            self._free.append(pipe)
+
+
+class Flow:
+    """One direction of an exchange."""
+
+    __slots__ = (
+        "bulk",
+        "content_before",
+        "dechunk",
+        "end",
+        "fed_from",
+        "finished",
+        "framing",
+        "last_read_at",
+        "last_written_at",
+        "mark",
+        "octets",
+        "pipe",
+        "read",
+        "sink",
+        "source",
+        "start",
+        "tail",
+        "written",
+    )
+
+    def __init__(self, framing: Framing) -> None:
+        self.source: AnyEndpoint | None = None
+        self.sink: AnyEndpoint | None = None
+        self.framing = framing
+        self.octets: bytes | bytearray = b""  # on the way: [start:end]
+        self.start = 0
+        self.end = 0
+        self.fed_from = 0  # where in octets the body begins, and how the framing stood there
+        self.mark: Mark = (0, 0, 0, b"")
+        self.dechunk = False  # only content is on the way
+        self.bulk = False  # the last read filled what it was given
+        self.pipe: SplicePipe | None = None
+        self.read = 0  # octets of this request, head and framing included, that crossed the source's socket
+        self.written = 0  # and the sink's
+        self.content_before = 0  # content relayed by an earlier framing of this flow (before a tunnel)
+        self.finished = False  # the message has ended and all of it was written
+        self.tail: bytes | None = None  # the last octets read, where somebody wants to know
+        self.last_read_at: float | None = None
+        self.last_written_at: float | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether octets are on the way."""
+        return self.start < self.end or (self.pipe is not None and self.pipe.held > 0)
+
+    def relayed_content(self) -> int:
+        """Returns: the octets of content that were written to the sink."""
+        count = self.content_before + self.framing.content
+        if self.pipe is not None:
+            count -= self.pipe.held
+        if self.start < self.end:
+            if self.dechunk:
+                count -= self.end - max(self.start, self.fed_from)
+            else:
+                framing = self.framing
+                fed = framing.content_between(self.mark, self.octets, self.fed_from, self.end)
+                written = framing.content_between(self.mark, self.octets, self.fed_from, max(self.start, self.fed_from))
+                count -= fed - written
+        return count
+
+
+class Relay:
+    """Relays one request, whose head is known, over one leased upstream connection. One thread, once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        bounds: dict[str, Bound],
+        waiter: Waiter,
+        pipes: PipeStore,
+        request: RequestHead,
+        prepared: PreparedRequest,
+        framing: Framing,
+        request_id: bytes,
+        proxy_name: bytes,
+    ) -> None:
+        self.settings = settings
+        self.bounds = bounds
+        self.waiter = waiter
+        self.pipes = pipes
+        self.request_head = request
+        self.prepared = prepared
+        self.request_id = request_id
+        self.proxy_name = proxy_name
+        self.client = waiter.client
+        self.upstream: AnyEndpoint | None = None
+        self.memory: SectionMemory | None = None
+        self.request = Flow(framing)
+        self.request.source = waiter.client
+        self.response = Flow(NO_BODY)
+        self.response.sink = waiter.client
+        self.response_head: ResponseHead | None = None
+        self.head_octets = b""  # of a response head whose end has not come
+        self.residue = b""  # what the client sent behind this request
+        self.tunnel = False
+        self.message_stream = False
+        self.close_client = not prepared.keep_alive  # the connection ends with this response
+        self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
+        self.client_fin = False  # seen, and allowed
+        self.broken: Abort | None = None  # why no more of the request can be written; judged when upstream's answer is known
+        self.body_reads = 0  # reads of the request body beyond what came with the head: those octets can't be sent again
+        self._head_from = -1  # what response.written was when the final head was queued
+        self.events: list[tuple[float, str, str]] = []
+        self.sent_at: float | None = None
+        self.first_byte_at: float | None = None
+        self.last_byte_at: float | None = None
+        self.awaiting_continue = False
+        self._flush_tls = False
+        # Watches exist only for limits that are set; most exchanges have none.
+        self.client_read_watch: Watch | None = None
+        self.client_write_watch: Watch | None = None
+        self.upstream_write_watch: Watch | None = None
+        self.upstream_head_watch: Watch | None = None
+        self.upstream_read_watch: Watch | None = None
+        self.tunnel_watch: Watch | None = None
+
+    # -- where the exchange stands ---------------------------------------------------------------------------------------------
+
+    def phase_of(self, side: Side, operation: Operation) -> Phase:
+        """Returns: the phase in which a failure of that socket and operation falls."""
+        if self.tunnel:
+            return Phase.TUNNEL
+        uploading = not self.request.finished and self.request.framing is not NO_BODY
+        if uploading and ((side is Side.CLIENT) is (operation is Operation.READ)) and side is not Side.PROXY:
+            return Phase.REQUEST_BODY
+        if self.response_head is not None:
+            return Phase.RESPONSE_BODY
+        if uploading and operation is Operation.READ:
+            # Upstream ended the connection, or the proxy ends, in the middle of the request.
+            return Phase.REQUEST_BODY
+        return Phase.RESPONSE_HEAD
+
+    def _watch(self, watch: Watch | None, side: Side, operation: Operation) -> None:
+        if watch is not None:
+            self.waiter.watches.append(TimedWatch(watch, side, operation))
+
+    def attach(self, upstream: AnyEndpoint, memory: SectionMemory, head: bytes, body: bytes, now: float) -> None:
+        """Give the relay its upstream connection, and the octets to begin with: the head, and what has come of the body."""
+        self.upstream = upstream
+        self.memory = memory
+        waiter = self.waiter
+        waiter.upstream = upstream
+        waiter.phase_of = self.phase_of
+        request = self.request
+        request.sink = upstream
+        self.response.source = upstream
+        settings = self.settings
+        if settings.upstream_write_timeout is not None or settings.upstream_write_deadline is not None:
+            self.upstream_write_watch = Watch(settings.upstream_write_timeout, settings.upstream_write_deadline)
+            self.upstream_write_watch.start(now)
+            self._watch(self.upstream_write_watch, Side.UPSTREAM, Operation.WRITE)
+        if settings.upstream_head_timeout is not None:
+            self.upstream_head_watch = Watch(settings.upstream_head_timeout, None)
+            self._watch(self.upstream_head_watch, Side.UPSTREAM, Operation.READ)
+        if settings.upstream_read_timeout is not None or settings.upstream_read_deadline is not None:
+            self.upstream_read_watch = Watch(settings.upstream_read_timeout, settings.upstream_read_deadline)
+            self._watch(self.upstream_read_watch, Side.UPSTREAM, Operation.READ)
+        request.octets = head
+        request.end = request.fed_from = len(head)
+        if body and request.framing is not NO_BODY:
+            self._take_request_octets(body, len(head))
+        elif body:
+            self.residue = body
+        if self.prepared.expects_continue and request.framing is not NO_BODY and request.read == 0:
+            self.awaiting_continue = True
+
+    @property
+    def head_out(self) -> bool:
+        """Whether a part of the final response head may have reached the client."""
+        return self.response_head is not None and self.response.written > self._head_from
+
+    @property
+    def mid_head(self) -> bool:
+        """Whether an interim head is half written: then nothing else can be said to the client."""
+        return self.response_head is None and self.response.start < self.response.end and self.response.start > 0
+
+    def between_lines(self) -> bool:
+        """Whether the client has received whole lines of a JSON message stream, so that one more can follow."""
+        response = self.response
+        if not self.message_stream or response.pending or not self.head_out:
+            return False
+        if not response.framing.content:
+            return response.framing.between_chunks
+        if response.framing.ends_with_connection:
+            return (response.tail or b"").endswith(b"\n")
+        return response.framing.between_chunks and response.tail == b"\n\r\n"
+
+    # -- the loop ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Relay until the response is whole, or a tunnel has ended on both sides.
+
+        Raises: Abort.
+        """
+        request, response, client, upstream = self.request, self.response, self.client, self.upstream
+        assert upstream is not None
+        waiter = self.waiter
+        allow_half_close = self.settings.client_half_close == "allow"
+        now = time.monotonic()
+        self._flush_request(now)
+        while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
+            client_events = 0 if self.client_fin else POLLRDHUP
+            upstream_events = 0
+            due_at = None
+            if request.pending:
+                if self.broken is None:
+                    upstream_events = upstream.write_event
+            elif not request.finished and self.broken is None and not request.framing.complete:
+                client_events |= client.read_event
+                if client.has_unread:
+                    due_at = 0.0
+            elif client.has_unread or not client.can_splice:
+                # Under TLS only a read tells the end of the client's side.
+                if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
+                    client_events |= client.read_event
+            if response.pending:
+                client_events |= client.write_event
+            elif not response.finished:
+                upstream_events |= upstream.read_event
+                if upstream.has_unread:
+                    due_at = 0.0
+            if self._flush_tls:
+                client_events |= WRITABLE
+                upstream_events |= WRITABLE
+            if waiter.watches:
+                self._set_watches(now, client_events, upstream_events)
+            client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
+            if self._flush_tls:
+                # Both; a short loop by polls that return at once is all this costs, and it happens once in a tunnel.
+                self._flush_tls = not (self._flush_endpoint(client) and self._flush_endpoint(upstream))
+            # Upstream first: where both have something to say, an answer that is whole makes the client's end none of our business.
+            if upstream_ready or (due_at is not None and upstream.has_unread):
+                if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
+                    self._flush_request(now)
+                if not response.pending and not response.finished and (
+                    upstream_ready & (upstream.read_event | HUNG_UP) or upstream.has_unread
+                ):
+                    self._read_upstream(now)
+            if client_ready or (due_at is not None and client.has_unread):
+                if response.pending and client_ready & client.write_event:
+                    self._flush_response(now)
+                if client_ready & ~WRITABLE or client.has_unread:
+                    self._read_client(client_ready, now, allow_half_close)
+
+    def _set_watches(self, now: float, client_events: int, upstream_events: int) -> None:
+        """Let the timeouts run whose event is polled for, and the others rest."""
+        request, response = self.request, self.response
+        watch = self.client_read_watch
+        if watch is not None:
+            if request.framing.complete or self.tunnel:
+                watch.rest()
+                watch.deadline_from = None  # the request is whole
+            elif client_events & READABLE and not request.pending and not self.awaiting_continue:
+                watch.wait(now)
+            else:
+                watch.rest()
+        watch = self.client_write_watch
+        if watch is not None:
+            if self.tunnel:
+                watch.rest()
+                watch.deadline_from = None
+            elif response.pending:
+                watch.wait(now)
+            else:
+                watch.rest()
+        watch = self.upstream_write_watch
+        if watch is not None:
+            if request.finished or self.tunnel:
+                watch.rest()
+                watch.deadline_from = None
+            elif request.pending:
+                watch.wait(now)
+            else:
+                watch.rest()
+        watch = self.upstream_head_watch
+        if watch is not None:
+            if self.response_head is None and self.sent_at is not None:
+                watch.wait(self.sent_at)
+            else:
+                watch.rest()
+        watch = self.upstream_read_watch
+        if watch is not None:
+            if self.response_head is None or response.framing.complete or self.tunnel:
+                watch.rest()
+                if self.response_head is not None:
+                    watch.deadline_from = None
+            elif not response.pending:
+                watch.wait(now)
+            else:
+                watch.rest()
+
+    # -- client to upstream -----------------------------------------------------------------------------------------------------
+
+    def _take_request_octets(self, octets: bytes, held: int = 0) -> None:
+        """Feed what the client sent, and put what belongs to this request on the way; ``held`` octets of head are there already."""
+        request = self.request
+        framing = request.framing
+        request.mark = framing.mark
+        try:
+            stop = framing.feed(octets, 0, len(octets))
+        except MalformedMessage as error:
+            request.read += len(octets)
+            raise malformed_request(error, Phase.REQUEST_BODY, self.bounds) from error
+        request.read += stop
+        if stop < len(octets):
+            self.residue = octets[stop:]
+            octets = octets[:stop]
+        bound = self.settings.max_body_size
+        if bound is not None and framing.content > bound.value and not self.tunnel:
+            raise Abort(
+                Side.CLIENT,
+                Phase.REQUEST_BODY,
+                Operation.READ,
+                Cause.LIMIT,
+                limit=bound,
+                detail=f"the body is larger than {bound.value:,} bytes",
+            )
+        if held:
+            request.octets = bytes(request.octets) + octets
+            request.end = len(request.octets)
+        else:
+            request.octets = octets
+            request.start = request.fed_from = 0
+            request.end = len(octets)
+
+    def _read_client(self, ready: int, now: float, allow_half_close: bool) -> None:
+        """Read from the client what its request still lacks; notice its end in any case."""
+        request, client = self.request, self.client
+        if ready & select.POLLERR and not ready & READABLE:
+            raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
+        wanted = not request.pending and not request.framing.complete and self.broken is None and not request.finished
+        if wanted and (ready & (client.read_event | HUNG_UP) or client.has_unread):
+            self._pump_request(now)
+            return
+        if ready & HUNG_UP or not client.can_splice:
+            self._client_ends(ready, allow_half_close)
+
+    def _client_ends(self, ready: int, allow_half_close: bool) -> None:
+        """The client sends no more while its response is pending, or, under TLS, may be about to say so."""
+        client = self.client
+        if ready & (select.POLLERR | select.POLLNVAL):
+            raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
+        if not client.can_splice and client.read is not client.sock.recv:
+            try:
+                octets = client.read(_FIRST_READ)
+            except BlockingIOError:
+                if not ready & HUNG_UP:
+                    return
+            except OSError as error:
+                raise self._abort(client, Operation.READ, error) from error
+            else:
+                if octets:
+                    self.residue += octets
+                    return
+        elif not ready & HUNG_UP:
+            return
+        if (allow_half_close or self.tunnel) and not ready & select.POLLHUP:
+            self.client_fin = True
+            self._note("client", "fin")
+            return
+        raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
+
+    def _pump_request(self, now: float) -> None:
+        request, client = self.request, self.client
+        if self._can_splice(request):
+            self._splice(request, now)
+            return
+        try:
+            octets = client.read(_FIRST_READ if not request.bulk else _BULK_BUFFER)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._abort(client, Operation.READ, error) from error
+        request.last_read_at = now
+        if not octets:
+            self._request_source_ended(now)
+            return
+        self.awaiting_continue = False
+        self.body_reads += 1
+        request.bulk = len(octets) >= _FIRST_READ
+        if self.client_read_watch is not None:
+            self.client_read_watch.progress(now)
+        if self.tunnel_watch is not None:
+            self.tunnel_watch.progress(now)
+        self._take_request_octets(octets)
+        self._flush_request(now)
+
+    def _request_source_ended(self, now: float) -> None:
+        """The client's side has come to its end: a half-close in a tunnel, else the end of a request that is not whole."""
+        request = self.request
+        if self.tunnel:
+            request.framing.complete = True  # type: ignore[misc]  # a ConnectionFraming: NoBody is never read from
+            self.client_fin = True
+            self._note("client", "fin")
+            self._flush_request(now)
+            return
+        raise Abort(
+            Side.CLIENT,
+            Phase.REQUEST_BODY,
+            Operation.READ,
+            Cause.CLOSED,
+            detail="the request body was not whole",
+        )
+
+    def _flush_request(self, now: float) -> None:
+        """Write what is on the way to upstream. A failure is kept: the answer may be in our receive buffer already."""
+        request, upstream = self.request, self.upstream
+        assert upstream is not None
+        try:
+            if request.pipe is not None and request.pipe.held:
+                self._drain_pipe(request, upstream)
+            if request.start < request.end:
+                octets = request.octets
+                whole = request.start == 0 and request.end == len(octets)
+                count = upstream.write(octets if whole else memoryview(octets)[request.start : request.end])
+                request.start += count
+                request.written += count
+                request.last_written_at = now
+                if self.upstream_write_watch is not None:
+                    self.upstream_write_watch.progress(now)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._break_request(self._abort(upstream, Operation.WRITE, error), now)
+            return
+        if not request.pending and request.framing.complete and not request.finished:
+            request.finished = True
+            self._release_pipe(request)
+            if not self.tunnel:
+                self.sent_at = time.monotonic()
+            else:
+                try:
+                    upstream.end_write()
+                    self._flush_tls = not upstream.flush()
+                except OSError as error:
+                    self._break_request(self._abort(upstream, Operation.WRITE, error), now)
+
+    def _break_request(self, abort: Abort, now: float) -> None:
+        """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
+        self.broken = abort
+        self.upstream_usable = False
+        self._note("upstream", "stopped_reading")
+
+    # -- upstream to client ---------------------------------------------------------------------------------------------------
+
+    def _read_upstream(self, now: float) -> None:
+        response, upstream = self.response, self.upstream
+        assert upstream is not None
+        if self.response_head is not None and self._can_splice(response):
+            self._splice(response, now)
+            return
+        try:
+            octets = upstream.read(_FIRST_READ if not response.bulk else _BULK_BUFFER)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if self.broken is not None:
+                raise self.broken from self.broken.original
+            raise self._abort(upstream, Operation.READ, error) from error
+        if not octets:
+            self._response_source_ended(now)
+            return
+        response.last_read_at = now
+        if self.first_byte_at is None:
+            self.first_byte_at = now
+        if self.response_head is None:
+            self._take_head_octets(octets, now)
+        else:
+            response.bulk = len(octets) >= _FIRST_READ
+            if self.upstream_read_watch is not None:
+                self.upstream_read_watch.progress(now)
+            if self.tunnel_watch is not None:
+                self.tunnel_watch.progress(now)
+            self._take_response_octets(octets)
+            self._flush_response(now)
+
+    def _response_source_ended(self, now: float) -> None:
+        """Upstream's side has come to its end: the end of a body framed by it, a half-close in a tunnel, or the end of too little."""
+        response = self.response
+        if self.response_head is not None and response.framing.ends_with_connection:
+            response.framing.complete = True  # type: ignore[misc]  # a ConnectionFraming: NoBody is never read from
+            self.upstream_usable = False
+            if self.tunnel:
+                self._note("upstream", "fin")
+            self._flush_response(now)
+            return
+        if self.broken is not None:
+            raise self.broken from self.broken.original
+        raise Abort(
+            Side.UPSTREAM,
+            self.phase_of(Side.UPSTREAM, Operation.READ),
+            Operation.READ,
+            Cause.CLOSED,
+            detail=None if self.response_head is not None or not self.head_octets else "its response head was not whole",
+        )
+
+    def _take_head_octets(self, octets: bytes, now: float) -> None:
+        """Take octets of response heads: interim ones go on at once, the final one decides how the rest is relayed."""
+        response = self.response
+        if self.head_octets:
+            octets = self.head_octets + octets
+            self.head_octets = b""
+        memory = self.memory
+        assert memory is not None
+        while self.response_head is None:
+            head_end = octets.find(b"\r\n\r\n")
+            if head_end < 0 or head_end > self.settings.max_head_size.value:
+                if len(octets) > self.settings.max_head_size.value:
+                    response.read += len(octets)
+                    raise Abort(
+                        Side.UPSTREAM,
+                        Phase.RESPONSE_HEAD,
+                        Operation.READ,
+                        Cause.LIMIT,
+                        limit=self.settings.max_head_size,
+                        detail="the response head is too large",
+                    )
+                self.head_octets = octets
+                return
+            head_octets = octets[: head_end + 4]
+            octets = octets[head_end + 4 :]
+            response.read += len(head_octets)
+            try:
+                head = parse_response_head(head_octets, memory)
+                self._take_head(head, octets, now)
+            except MalformedMessage as error:
+                raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
+            if head.status < 200 and head.status != 101 and not octets:
+                return
+
+    def _take_head(self, head: ResponseHead, rest: bytes, now: float) -> None:
+        """Serialize one response head for the client; with the final one goes what has come of its body."""
+        response = self.response
+        status = head.status
+        if status < 200:
+            if status == 101:
+                self._begin_tunnel(head, rest, now, upgrade_lines(head.section))
+                return
+            self.awaiting_continue = False
+            if self.request_head.minor:
+                prepared = prepare_response(head, self.proxy_name, dechunk=False)
+                self._queue_head(serialize_response(head, prepared, b"", None))
+                self._note("upstream", str(status))
+                self._flush_response(now)
+            return
+        framing = response_framing(status, head.section, self.request_head.method, self.settings.max_head_size.value)
+        if hijacks(self.request_head, head, framing):
+            self._begin_tunnel(head, rest, now, b"Connection: close\r\n")
+            return
+        self.awaiting_continue = False
+        self.response_head = head
+        dechunk = head.section.chunked and not self.request_head.minor
+        prepared = prepare_response(head, self.proxy_name, dechunk=dechunk)
+        response.framing = framing
+        response.dechunk = dechunk and framing is not NO_BODY
+        if not prepared.keep_alive:
+            self.upstream_usable = False
+        # An answer before the request is through: the rest of the request will not be read to its end.
+        if framing.ends_with_connection or response.dechunk or not self.request.framing.complete or self.waiter.control.draining:
+            self.close_client = True
+        if self.close_client:
+            connection = b"Connection: close\r\n"
+        else:
+            connection = b"" if self.request_head.minor else b"Connection: keep-alive\r\n"
+        if status == 426:
+            connection = upgrade_lines(head.section)
+        self.message_stream = is_message_stream(self.request_head, head)
+        if self.message_stream:
+            response.tail = b""
+        if self.upstream_read_watch is not None:
+            self.upstream_read_watch.start(now)
+        self._head_from = response.written
+        self._queue_head(serialize_response(head, prepared, connection, self.request_id))
+        self._take_response_octets(rest, appended=True)
+        self._flush_response(now)
+
+    def _queue_head(self, octets: bytes) -> None:
+        """Put a head on the way, behind an interim one that the client has not taken yet."""
+        response = self.response
+        if response.start < response.end:
+            octets = bytes(response.octets[response.start : response.end]) + octets
+        response.octets = octets
+        response.start = 0
+        response.end = response.fed_from = len(octets)
+
+    def _take_response_octets(self, octets: bytes, *, appended: bool = False) -> None:
+        """Feed what upstream sent, and put what belongs to this response on the way, behind its head if ``appended``."""
+        response = self.response
+        framing = response.framing
+        if not octets and appended:
+            return
+        response.mark = framing.mark
+        contents: list[tuple[int, int]] | None = [] if response.dechunk else None
+        try:
+            stop = framing.feed(octets, 0, len(octets), contents)
+        except MalformedMessage as error:
+            response.read += len(octets)
+            raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
+        response.read += stop
+        if stop < len(octets):
+            # Octets behind the end of a response belong to nothing we asked for.
+            self.upstream_usable = False
+            self._note("upstream", "excess")
+            octets = octets[:stop]
+        if response.tail is not None:
+            response.tail = octets[-3:] if len(octets) >= 3 else (response.tail + octets)[-3:]
+        if contents is not None:
+            octets = b"".join(octets[a:b] for a, b in contents)
+        if appended:
+            response.octets = bytes(response.octets) + octets if octets else response.octets
+            response.end = len(response.octets)
+        else:
+            response.octets = octets
+            response.start = response.fed_from = 0
+            response.end = len(octets)
+
+    def _flush_response(self, now: float) -> None:
+        response, client = self.response, self.client
+        try:
+            if response.pipe is not None and response.pipe.held:
+                self._drain_pipe(response, client)
+            if response.start < response.end:
+                octets = response.octets
+                whole = response.start == 0 and response.end == len(octets)
+                count = client.write(octets if whole else memoryview(octets)[response.start : response.end])
+                response.start += count
+                response.written += count
+                response.last_written_at = now
+                if self.client_write_watch is not None:
+                    self.client_write_watch.progress(now)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._abort(client, Operation.WRITE, error) from error
+        if self.response_head is not None and not response.pending and response.framing.complete and not response.finished:
+            response.finished = True
+            self.last_byte_at = time.monotonic()
+            self._release_pipe(response)
+            if self.tunnel:
+                try:
+                    client.end_write()
+                    self._flush_tls = not client.flush()
+                except OSError as error:
+                    raise self._abort(client, Operation.WRITE, error) from error
+
+    # -- both ways ---------------------------------------------------------------------------------------------------------
+
+    def _begin_tunnel(self, head: ResponseHead, rest: bytes, now: float, connection: bytes) -> None:
+        """From here on octets pass both ways without framing, each direction until its source ends it."""
+        if head.status == 101 and not self.prepared.upgrade:
+            raise MalformedMessage("a 101 response to a request that asked for no upgrade", 0)
+        request, response = self.request, self.response
+        if not request.framing.complete:
+            raise MalformedMessage("a switch of protocols before the request was whole", 0)
+        self.tunnel = True
+        self.response_head = head
+        self.close_client = True
+        self.upstream_usable = False
+        self.awaiting_continue = False
+        prepared = prepare_response(head, self.proxy_name, dechunk=False)
+        request.content_before = request.framing.content
+        request.framing = ConnectionFraming()
+        request.finished = False
+        response.framing = ConnectionFraming()
+        self._note("upstream", "tunnel")
+        limit = self.settings.tunnel_timeout
+        if limit is not None:
+            self.tunnel_watch = Watch(limit, None)
+            self.tunnel_watch.wait(now)
+            self._watch(self.tunnel_watch, Side.PROXY, Operation.READ)
+        self._head_from = response.written
+        self._queue_head(serialize_response(head, prepared, connection, self.request_id))
+        self._take_response_octets(rest, appended=True)
+        self._flush_response(now)
+        if self.residue:
+            octets, self.residue = self.residue, b""
+            self._take_request_octets(octets)
+            self._flush_request(now)
+
+    def _can_splice(self, flow: Flow) -> bool:
+        """Whether the next octets are worth, and allowed, to pass from socket to socket inside the kernel."""
+        opaque = flow.framing.opaque()
+        if opaque < _SPLICE_MIN or flow.dechunk or flow.tail is not None:
+            return False
+        if flow.framing.ends_with_connection and not flow.bulk:
+            return False
+        source, sink = flow.source, flow.sink
+        assert source is not None and sink is not None
+        if not (source.can_splice and sink.can_splice):
+            return False
+        bound = self.settings.max_body_size
+        if bound is not None and flow is self.request and not self.tunnel and flow.framing.content + opaque > bound.value:
+            return False  # a chunk that passes the bound: copied, so that it is noticed where it does
+        if flow.pipe is None:
+            flow.pipe = self.pipes.take()
+        return flow.pipe is not None
+
+    def _splice(self, flow: Flow, now: float) -> None:
+        """Move opaque octets from socket to socket by way of a pipe."""
+        source, sink, pipe = flow.source, flow.sink, flow.pipe
+        assert source is not None and sink is not None and pipe is not None
+        try:
+            count = pipe.fill(source.fd, min(flow.framing.opaque(), _SPLICE_AT_ONCE))
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if flow is self.response and self.broken is not None:
+                raise self.broken from self.broken.original
+            raise self._abort(source, Operation.READ, error) from error
+        if not count:
+            if flow is self.request:
+                self._request_source_ended(now)
+            else:
+                self._response_source_ended(now)
+            return
+        flow.framing.skip(count)
+        flow.read += count
+        flow.last_read_at = now
+        if self.tunnel_watch is not None:
+            self.tunnel_watch.progress(now)
+        if flow is self.request:
+            self.body_reads += 1
+            if self.client_read_watch is not None:
+                self.client_read_watch.progress(now)
+            self._flush_request(now)
+        else:
+            if self.upstream_read_watch is not None:
+                self.upstream_read_watch.progress(now)
+            self._flush_response(now)
+
+    def _drain_pipe(self, flow: Flow, sink: AnyEndpoint) -> None:
+        """Write what the pipe holds. Raises: BlockingIOError while the socket takes no more; OSError."""
+        pipe = flow.pipe
+        assert pipe is not None
+        watch = self.client_write_watch if flow is self.response else self.upstream_write_watch
+        while pipe.held:
+            flow.written += pipe.drain(sink.fd)
+            flow.last_written_at = time.monotonic()
+            if watch is not None:
+                watch.progress(flow.last_written_at)
+
+    def _release_pipe(self, flow: Flow) -> None:
+        if flow.pipe is not None:
+            self.pipes.give(flow.pipe)
+            flow.pipe = None
+
+    def release(self) -> None:
+        """Give back what the relay holds besides the sockets. Call it once, after the record was written."""
+        self._release_pipe(self.request)
+        self._release_pipe(self.response)
+
+    def _flush_endpoint(self, endpoint: AnyEndpoint) -> bool:
+        try:
+            return endpoint.flush()
+        except OSError as error:
+            raise self._abort(endpoint, Operation.WRITE, error) from error
+
+    def _abort(self, endpoint: AnyEndpoint, operation: Operation, error: OSError) -> Abort:
+        return socket_abort(
+            endpoint.side, self.phase_of(endpoint.side, operation), operation, error, dead_peer_limit(self.settings, endpoint)
+        )
+
+    def _socket_failed(self, endpoint: AnyEndpoint, operation: Operation) -> Abort:
+        """Make the abort of a socket that poll reports as failed: the kernel keeps the reason until it is asked."""
+        number = endpoint.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not number:
+            return Abort(endpoint.side, self.phase_of(endpoint.side, operation), operation, Cause.RESET)
+        return self._abort(endpoint, operation, OSError(number, os.strerror(number)))
+
+    def _note(self, side: str, what: str) -> None:
+        if len(self.events) < 16:
+            self.events.append((time.monotonic(), side, what))
+
+
+def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:
+    """Returns: the option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive probes follow."""
+    if endpoint.sock.family == socket.AF_UNIX:
+        return None
+    return settings.tcp_user_timeout or settings.peer_dead_timeout

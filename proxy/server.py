@@ -1,0 +1,212 @@
+"""Accepting client connections: a ``ThreadingHTTPServer`` whose threads wait in ``accept`` themselves and are used again.
+
+Decides which thread serves a connection and how many there may be. What happens on a connection is decided in ``exchange``.
+"""
+
+import http.server
+import os
+import socket
+import threading
+import time
+import typing
+
+from .exchange import ClientConnection, Worker
+from .record import CONNECTIONS, describe_exception, printable
+
+# A thread that has nothing to do waits in accept; more than this many would only take memory.
+_MAX_IDLE_THREADS = 64
+# Connections beyond --max-connections that are told so with a 503; what comes beyond these is closed at once.
+_MAX_OVERFLOW = 64
+# Python frames are on the heap; the stack is for OpenSSL and the resolver.
+_STACK_BYTES = 512 * 1024
+_ACCEPT_PAUSE_S = 0.1
+
+
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """Serves one listening socket in one process.
+
+    Waiting threads block in ``accept`` (the kernel wakes one for each connection), so that no hand-over between threads is on the way of a
+    request; whoever takes the last waiting place starts another thread first.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, worker: Worker, listener: socket.socket, all_connections: "typing.Callable[[], int]") -> None:
+        """``listener`` listens already. ``all_connections`` counts the client connections of all workers."""
+        super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.server_address = listener.getsockname()
+        self.worker = worker
+        self.is_unix = listener.family == socket.AF_UNIX
+        self._all_connections = all_connections
+        self._max_connections = worker.settings.max_connections.value
+        self._lock = threading.Lock()  # guards connections, _idle, _threads, _overflow, _stopped
+        self.connections: set[ClientConnection] = set()
+        self._idle = 0
+        self._threads = 0
+        self._overflow = 0
+        self._stopped = False
+        self._complained_at = 0.0
+
+    # -- threads ------------------------------------------------------------------------------------------------------------
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Start serving; returns at once, as the threads accept by themselves."""
+        threading.stack_size(_STACK_BYTES)
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        with self._lock:
+            self._threads += 1
+            self._idle += 1
+            number = self._threads
+        try:
+            threading.Thread(target=self._accept_connections, name=f"connection-{number}", daemon=True).start()
+        except RuntimeError as error:
+            with self._lock:
+                self._threads -= 1
+                self._idle -= 1
+            self._complain("no more threads can be started; connections wait until one is free", error)
+
+    def _accept_connections(self) -> None:
+        """What each thread does: accept a connection, serve it to its end, and again."""
+        while True:
+            try:
+                request, address = self.get_request()
+            except OSError as error:
+                if self._stopped:
+                    break
+                # EMFILE and its kin pass when others close something; a connection that ended in the queue is no error at all.
+                if not isinstance(error, ConnectionError):
+                    self._complain("a connection could not be accepted", error)
+                    time.sleep(_ACCEPT_PAUSE_S)
+                continue
+            with self._lock:
+                self._idle -= 1
+                is_last = self._idle == 0 and not self._stopped
+            if is_last:
+                self._start_thread()
+            self.process_request(request, address)
+            with self._lock:
+                if self._stopped or self._idle >= _MAX_IDLE_THREADS:
+                    self._threads -= 1
+                    return
+                self._idle += 1
+        with self._lock:
+            self._idle -= 1
+            self._threads -= 1
+
+    def process_request(self, request: typing.Any, client_address: typing.Any) -> None:
+        """Serve one connection in the calling thread."""
+        tally = self.worker.tally
+        tally.add(CONNECTIONS)
+        try:
+            overflow = self._all_connections() > self._max_connections
+            if not overflow:
+                self._serve(request, client_address, overflow=False)
+            elif self._enter_overflow():
+                try:
+                    self._serve(request, client_address, overflow=True)
+                finally:
+                    with self._lock:
+                        self._overflow -= 1
+            else:
+                self._turn_away(request, client_address)
+        except Exception as error:  # noqa: BLE001  # a bug outside of any request: logged, and the thread lives on
+            self.handle_error(request, client_address, error)
+        finally:
+            tally.add(CONNECTIONS, -1)
+
+    def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
+        if self.is_unix:
+            path = self.server_address if isinstance(self.server_address, str) else os.fsdecode(typing.cast(bytes, self.server_address))
+            name, host = f"unix:{path}", "unknown"
+        else:
+            host, port = address[0], address[1]
+            host = host.removeprefix("::ffff:") if "." in host else host
+            name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        connection = ClientConnection(self.worker, request, name, host, overflow=overflow)
+        with self._lock:
+            self.connections.add(connection)
+        try:
+            connection.serve()
+        finally:
+            with self._lock:
+                self.connections.discard(connection)
+
+    def _enter_overflow(self) -> bool:
+        with self._lock:
+            if self._overflow >= _MAX_OVERFLOW:
+                return False
+            self._overflow += 1
+            return True
+
+    def _turn_away(self, request: socket.socket, address: typing.Any) -> None:
+        request.close()
+        limit = self.worker.settings.max_connections
+        self.worker.log.event(
+            "warning",
+            "connection.abort",
+            message=f"{limit} closed a connection of client {address!r} unread: too many others wait to be told the same",
+            client=str(address),
+            pid=self.worker.pid,
+            side="proxy",
+            cause="limit",
+            limit={"name": limit.name, "value": limit.value, "source": limit.source},
+        )
+
+    def handle_error(self, request: typing.Any, client_address: typing.Any, error: Exception | None = None) -> None:
+        """A bug outside of any request is one ``connection.abort``, with the connection closed."""
+        if request is not None:
+            request.close()
+        self.worker.log.event(
+            "error",
+            "connection.abort",
+            message=f"a bug in the proxy ended a connection: {printable(repr(error).encode('utf-8', 'backslashreplace'))[:500]}",
+            client=str(client_address),
+            pid=self.worker.pid,
+            side="proxy",
+            cause="internal",
+            exception=describe_exception(error),
+        )
+
+    def _complain(self, what: str, error: BaseException) -> None:
+        """Log that resources run out, at most once a second."""
+        now = time.monotonic()
+        if now - self._complained_at >= 1.0:
+            self._complained_at = now
+            self.worker.log.event(
+                "error", "server.resource", message=f"{what}: {error}", pid=self.worker.pid, exception=describe_exception(error)
+            )
+
+    # -- the end ------------------------------------------------------------------------------------------------------------
+
+    def stop_accepting(self) -> None:
+        """Serve what the kernel has queued, then refuse. Connections that are open go on."""
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+        os.set_blocking(self.socket.fileno(), False)
+        while True:
+            try:
+                request, address = self.socket.accept()
+            except OSError:
+                break  # the queue is empty
+            threading.Thread(target=self.process_request, args=(request, address), daemon=True).start()
+        try:
+            # Wakes the threads that wait in accept.
+            self.socket.shutdown(socket.SHUT_RD)
+        except OSError:
+            return  # a listener of another worker's as well, and that one was first
+
+    def connection_count(self) -> int:
+        """Returns: the connections being served."""
+        with self._lock:
+            return len(self.connections)
+
+    def snapshot(self) -> list[ClientConnection]:
+        """Returns: the connections being served."""
+        with self._lock:
+            return list(self.connections)

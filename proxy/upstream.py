@@ -1,0 +1,241 @@
+"""Connections to upstream: urllib3 pools, with the waiting done by the proxy.
+
+urllib3 owns pooling, the check for dropped connections, TLS wrapping and certificate checks. The connect itself is made here,
+non-blocking, so that its limit is a limit on the whole and a client that leaves is noticed meanwhile. ``urlopen`` is not used: it costs many times
+a leased socket, drops trailers, can't do 101, and hides which operation failed.
+"""
+
+import collections.abc
+import errno
+import os
+import queue
+import select
+import socket
+import typing
+
+import urllib3
+import urllib3.connection
+import urllib3.connectionpool
+
+from .aborts import socket_abort
+from .config import Settings, UpstreamUrl
+from .endpoint import WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
+from .head import SectionMemory
+from .kernel import prepare_socket
+from .tls import UpstreamContext
+from .vocabulary import Operation, Phase, Side
+
+# Idle connections kept for each worker; what a burst opened beyond it is closed after use.
+_MAX_IDLE = 256
+
+# wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; raises Abort for limits and a client that leaves.
+ConnectWait = collections.abc.Callable[[int, int, float | None], bool]
+
+
+def endpoint_name(sock: socket.socket, path: str | None) -> str:
+    """Returns: ``ip:port`` or ``unix:path`` of the peer a socket is connected to."""
+    if path is not None:
+        return f"unix:{path}"
+    host, port = sock.getpeername()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def upstream_host(url: UpstreamUrl) -> str:
+    """Returns: the Host field for ``url``; ``localhost`` for a unix socket, which has no name."""
+    if url.scheme == "unix":
+        return "localhost"
+    host = f"[{url.host}]" if ":" in url.host else url.host
+    return host if url.port == (443 if url.scheme == "https" else 80) else f"{host}:{url.port}"
+
+
+class _LeasedConnection:
+    """What both kinds of connection add to urllib3's: a connect under the proxy's limits, and an endpoint for the relay."""
+
+    # Set by the pool right after construction.
+    url: UpstreamUrl
+    settings: Settings
+    memory: SectionMemory
+    endpoint: AnyEndpoint | None
+    name: str
+    _wait: ConnectWait | None
+    _probe: typing.Any
+    sock: typing.Any
+
+    def adopt(self, url: UpstreamUrl, settings: Settings) -> None:
+        """Take what urllib3's constructors have no room for."""
+        self.url = url
+        self.settings = settings
+        self.memory = SectionMemory()
+        self.endpoint = None
+        self.name = ""
+        self._wait = None
+        self._probe = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Asked by urllib3 2 before a connection is used again: whether it is open and has nothing to read, with a kept poll object."""
+        return self.sock is not None and not self._probe.poll(0)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this connection was used before and is connected still."""
+        return self.sock is not None
+
+    def open(self, wait: ConnectWait) -> AnyEndpoint:
+        """Connect, TLS handshake included, and return the endpoint. Raises: Abort with side upstream, or as ``wait`` does."""
+        self._wait = wait
+        self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
+        dead = self.settings.peer_dead_timeout
+        dead_s = dead.seconds if dead is not None else None
+        if isinstance(self.sock, TlsEndpoint):
+            endpoint: AnyEndpoint = self.sock
+            endpoint.name = self.name
+            self._shake_hands(self.sock, wait)
+        else:
+            endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, dead_s)
+        self.endpoint = endpoint
+        self.memory = SectionMemory()
+        self._probe = select.poll()
+        self._probe.register(endpoint.fd, select.POLLIN)
+        self._wait = None
+        return endpoint
+
+    def _shake_hands(self, endpoint: TlsEndpoint, wait: ConnectWait) -> None:
+        try:
+            while not endpoint.handshake():
+                wait(endpoint.fd, endpoint.read_event, None)
+            endpoint.read_event = select.POLLIN
+        except OSError as error:
+            raise socket_abort(Side.UPSTREAM, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error) from error
+
+    def _new_conn(self) -> socket.socket:
+        """Called by urllib3's ``connect``. Returns: a connected, non-blocking socket. Raises: Abort."""
+        wait = self._wait
+        assert wait is not None
+        first_error: OSError | None = None
+        for family, address in self._addresses():
+            try:
+                sock = self._connect(family, address, wait)
+            except OSError as error:
+                first_error = first_error or error
+                continue
+            self.name = endpoint_name(sock, self.url.path if self.url.scheme == "unix" else None)
+            return sock
+        assert first_error is not None  # getaddrinfo gives at least one address, or raises
+        raise socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error) from first_error
+
+    def _addresses(self) -> list[tuple[int, typing.Any]]:
+        url = self.url
+        if url.scheme == "unix":
+            return [(socket.AF_UNIX, url.path)]
+        try:
+            # The one wait without a limit: getaddrinfo takes none. Its time counts towards the connect timeout.
+            found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, error) from error
+        return [(family, address) for family, _, _, _, address in found]
+
+    def _connect(self, family: int, address: typing.Any, wait: ConnectWait) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            if family != socket.AF_UNIX:
+                dead, user = self.settings.peer_dead_timeout, self.settings.tcp_user_timeout
+                prepare_socket(sock, dead.seconds if dead else None, user.seconds if user else None)
+            while True:
+                number = sock.connect_ex(address)
+                if number != errno.EAGAIN:
+                    break
+                # A unix listener whose backlog is full; poll has no event for it.
+                wait(-1, 0, 0.01)
+            if number == errno.EINPROGRESS:
+                wait(sock.fileno(), WRITABLE, None)
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if number:
+                raise OSError(number, os.strerror(number))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+# -- urllib3's private names; an upgrade breaks here or nowhere. ``_new_conn`` above is one of them. -----------------------------
+
+
+class PlainConnection(_LeasedConnection, urllib3.connection.HTTPConnection):
+    """A connection over TCP or a unix socket."""
+
+
+class TlsConnection(_LeasedConnection, urllib3.connection.HTTPSConnection):
+    """A connection under TLS; ``sock`` is a ``TlsEndpoint``, made by ``UpstreamContext.wrap_socket``."""
+
+
+AnyConnection = PlainConnection | TlsConnection
+
+
+class _LeasingPool:
+    """What both pools add to urllib3's: lease, release and discard."""
+
+    url: UpstreamUrl
+    settings: Settings
+    pool: typing.Any
+
+    def lease(self) -> AnyConnection:
+        """Take a connection: one kept from before if it is still good, else a new one that is not connected."""
+        connection = self._get_conn()  # type: ignore[attr-defined]  # urllib3's
+        if not hasattr(connection, "url"):
+            connection.adopt(self.url, self.settings)
+        return connection  # type: ignore[no-any-return]  # urllib3 makes what ConnectionCls says
+
+    def release(self, connection: AnyConnection) -> None:
+        """Give back a connection that stands between two exchanges."""
+        if self.pool is None or self.pool.full():
+            connection.close()
+        else:
+            self._put_conn(connection)  # type: ignore[attr-defined]  # urllib3's
+
+    def sweep(self) -> None:
+        """Close kept connections that upstream has closed, so that they do not hold descriptors until they are leased."""
+        pool = self.pool
+        kept = []
+        while pool is not None:
+            try:
+                connection = pool.get_nowait()
+            except queue.Empty:
+                break
+            if connection is not None and connection.is_connected:
+                kept.append(connection)
+            elif connection is not None:
+                connection.close()
+        for connection in reversed(kept):
+            self.release(connection)
+
+
+class UpstreamPool(_LeasingPool, urllib3.connectionpool.HTTPConnectionPool):
+    """Connections to an ``http://`` or ``unix://`` upstream."""
+
+    ConnectionCls = PlainConnection
+
+
+class TlsUpstreamPool(_LeasingPool, urllib3.connectionpool.HTTPSConnectionPool):
+    """Connections to an ``https://`` upstream."""
+
+    ConnectionCls = TlsConnection
+
+
+AnyPool = UpstreamPool | TlsUpstreamPool
+
+
+def upstream_pool(settings: Settings, context: UpstreamContext | None) -> AnyPool:
+    """Make the pool for the upstream that ``settings`` name. Safe from any thread."""
+    url = settings.upstream
+    pool: AnyPool
+    if context is not None:
+        pool = TlsUpstreamPool(url.host, url.port, maxsize=_MAX_IDLE, ssl_context=context, cert_reqs="CERT_REQUIRED")
+    else:
+        pool = UpstreamPool(url.host or "localhost", url.port or None, maxsize=_MAX_IDLE)
+    pool.url = url
+    pool.settings = settings
+    return pool
+
+

@@ -1,0 +1,475 @@
+"""The processes: one above that listens, watches and speaks to the outside, and workers that share its port.
+
+Workers are told what to do through a pipe each, not by signals: a signal to the whole group (a terminal's Ctrl-C, systemd's stop) then counts once. A worker
+whose pipe ends has lost the process above it, and drains.
+"""
+
+import errno
+import gc
+import mmap
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import time
+import traceback
+
+from .config import ConfigError, Settings, TcpAddress, UnixAddress
+from .exchange import Worker, make_worker
+from .kernel import pin_to_core, prepare_listener, raise_file_limit
+from .log import EventLog
+from .record import CONNECTIONS, LOST_LINES, Tally
+from .server import ProxyServer
+from .tls import server_context, upstream_context
+from .upstream import upstream_pool
+from .waiting import Control
+
+_BACKLOG = 4096
+_CELL_BYTES = 8
+_SLOT_BYTES = len(Tally.NAMES) * _CELL_BYTES
+_DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
+_SWEEP_EVERY_S = 5.0
+# A worker that dies right after its start is not started again at once.
+_RESTART_PAUSE_S = 1.0
+# What the ending of a request in flight, record included, may take once its time is up.
+_END_GRACE_S = 3.0
+
+
+class SharedCounts:
+    """The counts of all workers, in memory they share: one slot each, written by that worker alone."""
+
+    def __init__(self, workers: int) -> None:
+        self._memory = mmap.mmap(-1, workers * _SLOT_BYTES)
+        self._cells = memoryview(self._memory).cast("Q")
+        self.workers = workers
+
+    def slot(self, index: int) -> memoryview:
+        """Returns: the cells of one worker."""
+        width = len(Tally.NAMES)
+        return self._cells[index * width : (index + 1) * width]
+
+    def total(self, which: int) -> int:
+        """Returns: the sum of ``Tally.NAMES[which]`` over all workers."""
+        return sum(self._cells[which :: len(Tally.NAMES)])
+
+    def connections(self) -> int:
+        """Returns: client connections held by all workers."""
+        return self.total(CONNECTIONS)
+
+
+# -- listening --------------------------------------------------------------------------------------------------------------
+
+
+def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
+    """Bind and listen, one socket for each worker on TCP, one for all on a unix path.
+
+    Returns: the sockets, and the address as it is logged (the port chosen, for port 0).
+    Raises: ConfigError.
+    """
+    address = settings.listen
+    try:
+        if isinstance(address, UnixAddress):
+            return [_listen_unix(address)], f"unix:{address.path}"
+        return _listen_tcp(address, settings)
+    except OSError as error:
+        where = f"unix:{address.path}" if isinstance(address, UnixAddress) else f"{address.host}:{address.port}"
+        hints = {
+            errno.EADDRINUSE: "another process listens there; stop it, or choose another address (port 0 picks a free port)",
+            errno.EACCES: "not allowed; ports below 1024 need root or CAP_NET_BIND_SERVICE, a path needs a writable directory",
+            errno.EADDRNOTAVAIL: "this machine has no such address",
+            errno.ENOENT: "the directory does not exist",
+        }
+        hint = hints.get(error.errno or 0, "")
+        text = error.strerror or str(error)
+        raise ConfigError(
+            f"listen {where!r} ({settings.sources['listen']}): {text}" + (f"; {hint}" if hint else "")
+        ) from error
+
+
+def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.socket], str]:
+    found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, where = found[0]
+    # Without SO_REUSEPORT first: with it, a second proxy of the same user would silently take half of the connections.
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind(where)
+        trial.listen(1)
+        where = (where[0], trial.getsockname()[1], *where[2:])
+    dead, user = settings.peer_dead_timeout, settings.tcp_user_timeout
+    listeners = []
+    for _ in range(settings.workers):
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if settings.workers > 1:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        prepare_listener(listener, dead.seconds if dead else None, user.seconds if user else None)
+        listener.bind(where)
+        listener.listen(_BACKLOG)
+        listeners.append(listener)
+    host = where[0]
+    return listeners, f"[{host}]:{where[1]}" if ":" in host else f"{host}:{where[1]}"
+
+
+def _listen_unix(address: UnixAddress) -> socket.socket:
+    try:
+        if stat.S_ISSOCK(os.stat(address.path).st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+                if trial.connect_ex(address.path) == 0:
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            os.unlink(address.path)  # left by a process that did not end in order
+    except FileNotFoundError:
+        pass  # the usual case: nothing is there yet
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(address.path)
+    os.chmod(address.path, 0o660)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+# -- a worker -----------------------------------------------------------------------------------------------------------------
+
+
+class WorkerProcess:
+    """The life of one worker process: serve, do as it is told, drain."""
+
+    def __init__(
+        self, index: int, settings: Settings, log: EventLog, listener: socket.socket, counts: SharedCounts, control_fd: int
+    ) -> None:
+        self.index = index
+        self.settings = settings
+        self.log = log
+        self.control_fd = control_fd
+        wake_read, self._wake_write = os.pipe()
+        self.control = Control(wake_read)
+        self.tally = Tally(counts.slot(index))
+        self.worker: Worker = make_worker(
+            settings,
+            log,
+            self.tally,
+            self.control,
+            upstream_pool(settings, upstream_context(settings)),
+            server_context(settings),
+        )
+        self.server = ProxyServer(self.worker, listener, counts.connections)
+
+    def run(self) -> None:
+        """Serve until told to stop and all is done."""
+        pin_to_core(self.index)
+        # What exists now lives as long as the process; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 50)
+        self.log.capture_library_logs()
+        self.server.serve_forever()
+        poller = select.poll()
+        poller.register(self.control_fd, select.POLLIN)
+        while not self._finished():
+            wait_s = 0.02 if self.control.draining else _SWEEP_EVERY_S
+            if poller.poll(int(wait_s * 1000)):
+                commands = os.read(self.control_fd, 64)
+                for command in [bytes((c,)) for c in commands] or [_DRAIN]:
+                    self._obey(command)
+                if not commands:
+                    poller.unregister(self.control_fd)
+            elif not self.control.draining:
+                self.worker.pool.sweep()
+            self.tally.set(LOST_LINES, self.log.lost_lines)
+        self.tally.set(LOST_LINES, self.log.lost_lines)
+
+    def _finished(self) -> bool:
+        control = self.control
+        if not control.draining:
+            return False
+        if not self.server.connection_count():
+            return True
+        # Everything in flight ends by itself when its time is up; what does not after that is a bug, and must not hold the process.
+        overdue_at = control.drain_until + _END_GRACE_S
+        return time.monotonic() >= overdue_at
+
+    def _obey(self, command: bytes) -> None:
+        if command == _DRAIN:
+            self._drain(self.settings.drain_timeout)
+        elif command == _END:
+            self._drain(0.0)
+            self.control.ending = True
+        elif command in (_RELOAD, _REOPEN):
+            self._reopen_log()
+            if command == _RELOAD:
+                self._reload_certificates()
+        elif command == _DUMP:
+            self._dump()
+
+    def _drain(self, seconds: float) -> None:
+        control = self.control
+        until = time.monotonic() + seconds
+        if not control.draining:
+            control.drain_until = until
+            control.draining = True
+            self.server.stop_accepting()
+            os.write(self._wake_write, b"!")  # and never read: every wait of every thread sees it
+        else:
+            control.drain_until = min(control.drain_until, until)
+
+    def _reopen_log(self) -> None:
+        try:
+            self.log.reopen()
+        except OSError as error:
+            self.log.event("error", "log.reopen", message=f"{self.log.path} can't be opened, the old file stays in use: {error}", pid=os.getpid())
+
+    def _reload_certificates(self) -> None:
+        try:
+            server_tls, upstream_tls = server_context(self.settings), upstream_context(self.settings)
+        except ConfigError as error:
+            self.log.event("error", "server.reload", message=f"the old certificates stay in use: {error}", pid=os.getpid())
+            return
+        self.worker.server_tls = server_tls
+        if upstream_tls is not None:
+            self.worker.pool = upstream_pool(self.settings, upstream_tls)
+        self.log.event("info", "server.reload", message="log reopened, certificates read anew", pid=os.getpid())
+
+    def _dump(self) -> None:
+        """Log every request in flight."""
+        connections = self.server.snapshot()
+        shown = 0
+        for connection in connections:
+            record = connection.record
+            if record is None:
+                continue
+            shown += 1
+            try:
+                fields = record.fields(None)
+                age_s = time.monotonic() - record.first_at
+                fields["message"] = f"{fields['method']} {fields['target']} of client {record.client} is in flight since {age_s:.1f} s"
+            except Exception as error:  # noqa: BLE001  # another thread changes what is read here; one line less, not a worker less
+                fields = {"message": f"a request in flight changed while it was read: {error!r}", "request_id": record.request_id}
+            self.log.event("info", "request.inflight", **fields)
+        self.log.event(
+            "info",
+            "server.inflight",
+            message=f"{shown} requests in flight on {len(connections)} connections",
+            pid=os.getpid(),
+            requests=shown,
+            connections=len(connections),
+        )
+
+
+# -- the process above ----------------------------------------------------------------------------------------------------------
+
+
+class Supervisor:
+    """Starts the workers, passes on what signals mean, starts a worker again that died, and states the balance at the end."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+
+    def __init__(self, settings: Settings, log: EventLog, listeners: list[socket.socket], where: str) -> None:
+        self.settings = settings
+        self.log = log
+        self.listeners = listeners
+        self.where = where
+        self.counts = SharedCounts(settings.workers)
+        self.pids: dict[int, int] = {}  # pid to index
+        self.pipes: dict[int, int] = {}  # index to the writing end of its control pipe
+        self.restart_at: dict[int, float] = {}
+        self.started_at: dict[int, float] = {}
+        self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
+        self.stopping = False
+        self.ending = False
+
+    def run(self) -> int:
+        """Returns: the exit status, when all workers have ended."""
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        os.set_blocking(wake_read, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in self._SIGNALS:
+            signal.signal(number, _ignore_here)
+        began_at = time.monotonic()
+        for index in range(self.settings.workers):
+            self._start(index)
+        self.log.event(
+            "info",
+            "server.start",
+            message=f"listening on {self.where}, upstream {self.settings.upstream}, {self.settings.workers} workers",
+            pid=os.getpid(),
+            listen=self.where,
+            workers=sorted(self.pids),
+            settings=self.settings.describe(),
+        )
+        notify_systemd("READY=1")
+        poller = select.poll()
+        poller.register(wake_read, select.POLLIN)
+        while self.pids or self.restart_at:
+            now = time.monotonic()
+            wait_s = min((at - now for at in self.restart_at.values()), default=3600.0)
+            if poller.poll(max(0, int(wait_s * 1000) + 1)):
+                for number in os.read(wake_read, 4096):
+                    self._handle(number)
+            self._reap()
+            for index, at in list(self.restart_at.items()):
+                if self.stopping:
+                    del self.restart_at[index]
+                elif time.monotonic() >= at:
+                    del self.restart_at[index]
+                    self._start(index)
+        return self._report(began_at)
+
+    def _start(self, index: int) -> None:
+        read_end, write_end = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.close(write_end)
+                for other in self.pipes.values():
+                    os.close(other)  # or a worker would not see the end of the process above
+                signal.set_wakeup_fd(-1)
+                for number in self._SIGNALS:
+                    signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+                listener = self.listeners[index % len(self.listeners)]
+                WorkerProcess(index, self.settings, self.log, listener, self.counts, read_end).run()
+                status = 0
+            except BaseException as error:  # noqa: BLE001  # a worker that can't run says why before it is gone
+                self.log.event(
+                    "error",
+                    "worker.error",
+                    message=f"worker {index} can't go on: {error!r}",
+                    pid=os.getpid(),
+                    traceback=traceback.format_exc()[-8192:],
+                )
+            finally:
+                # Not sys.exit: what the process above registered to be done at exit is its own to do.
+                os._exit(status)
+        os.close(read_end)
+        self.pids[pid] = index
+        self.pipes[index] = write_end
+        self.started_at[index] = time.monotonic()
+
+    def _handle(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            if self.stopping:
+                self.ending = True
+            else:
+                self.stopping = True
+                notify_systemd("STOPPING=1")
+                self.log.event(
+                    "info",
+                    "server.drain",
+                    message=f"{signal.Signals(number).name}: no new connections; requests in flight have {self.settings.drain_timeout:g} s",
+                    pid=os.getpid(),
+                )
+            self._tell(_END if self.ending else _DRAIN)
+        elif number == signal.SIGHUP:
+            self._reopen_own_log()
+            self._tell(_RELOAD)
+        elif number == signal.SIGUSR1:
+            self._reopen_own_log()
+            self._tell(_REOPEN)
+        elif number == signal.SIGUSR2:
+            self._tell(_DUMP)
+
+    def _reopen_own_log(self) -> None:
+        try:
+            self.log.reopen()
+        except OSError as error:
+            self.log.event("error", "log.reopen", message=f"{self.log.path} can't be opened, the old file stays in use: {error}", pid=os.getpid())
+
+    def _tell(self, command: bytes) -> None:
+        for fd in self.pipes.values():
+            try:
+                os.write(fd, command)
+            except BrokenPipeError:
+                continue  # that worker has ended; _reap will find it
+
+    def _reap(self) -> None:
+        while self.pids:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            index = self.pids.pop(pid, None)
+            if index is None:
+                continue
+            os.close(self.pipes.pop(index))
+            if not self.stopping:
+                self._mourn(index, pid, status)
+
+    def _mourn(self, index: int, pid: int, status: int) -> None:
+        """A worker died unasked: say what was lost with it, and start another."""
+        cells = Tally(self.counts.slot(index))
+        counts = cells.counts()
+        lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
+        cells.set(CONNECTIONS, 0)
+        how = f"by signal {-os.waitstatus_to_exitcode(status)}" if os.WIFSIGNALED(status) else f"with status {os.WEXITSTATUS(status)}"
+        pause_s = _RESTART_PAUSE_S if time.monotonic() - self.started_at[index] < 10 else 0.0
+        self.log.event(
+            "error",
+            "worker.exit",
+            message=f"worker {index} ended {how}; {lost} requests in flight were lost without a record; it is started again",
+            pid=pid,
+            worker=index,
+            status=os.waitstatus_to_exitcode(status),
+            lost_requests=lost,
+        )
+        self.lost[index] = self.lost.get(index, 0) + lost
+        self.restart_at[index] = time.monotonic() + pause_s
+
+    def _report(self, began_at: float) -> int:
+        counts = {name: self.counts.total(i) for i, name in enumerate(Tally.NAMES)}
+        ended = counts["complete"] + counts["reject"] + counts["abort"]
+        balanced = counts["begun"] == ended
+        self.log.event(
+            "info" if balanced else "error",
+            "server.stop",
+            message=(
+                f"{counts['begun']:,} requests begun = {counts['complete']:,} complete + {counts['reject']:,} rejected + {counts['abort']:,} aborted"
+                if balanced
+                else f"{counts['begun']:,} requests begun, but only {ended:,} ended in a record"
+            ),
+            pid=os.getpid(),
+            requests={name: counts[name] for name in ("begun", "complete", "reject", "abort")},
+            balanced=balanced,
+            lost_log_lines=counts["lost_lines"] + self.log.lost_lines,
+            uptime_s=round(time.monotonic() - began_at, 3),
+        )
+        if isinstance(self.settings.listen, UnixAddress):
+            try:
+                os.unlink(self.settings.listen.path)
+            except FileNotFoundError:
+                return 0  # somebody was faster
+        return 0
+
+
+def _ignore_here(number: int, frame: object) -> None:
+    """Signals arrive through the wakeup descriptor; a handler must exist for that."""
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd how the service stands, where it asked to be told (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.send(state.encode("ascii"))
+        except OSError:
+            return  # nobody listens: the service manager has its own time limit for that
+
+
+def serve(settings: Settings) -> int:
+    """Serve until told to stop. Returns: the exit status. Raises: ConfigError for what the environment does not allow."""
+    server_context(settings)
+    upstream_context(settings)
+    try:
+        log = EventLog(settings.log_file, settings.log_level)
+    except OSError as error:
+        raise ConfigError(
+            f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; choose a path that can be written, or - for stderr"
+        ) from error
+    raise_file_limit()
+    listeners, where = open_listeners(settings)
+    return Supervisor(settings, log, listeners, where).run()
+
