@@ -104,9 +104,12 @@ def _go_pooled(setup: Setup) -> Command:
 
 
 def _nginx(setup: Setup) -> Command:
+    # With proxy_buffering off, one buffer of proxy_buffer_size is all that a response passes through: at its default of
+    # 4 KiB, nginx takes twice the CPU time per GiB.
     secure = ""
     if setup.certificates is not None:
         secure = f"ssl_certificate {setup.certificates}/cert.pem; ssl_certificate_key {setup.certificates}/key.pem;"
+        secure += " ssl_protocols TLSv1.3;"
     config = setup.write(
         "nginx.conf",
         f"""
@@ -136,6 +139,8 @@ def _nginx(setup: Setup) -> Command:
                     proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
                     proxy_set_header Connection $forwarded_connection; proxy_set_header Upgrade $http_upgrade;
                     proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 3600; proxy_send_timeout 3600;
+                    proxy_buffer_size 64k; proxy_busy_buffers_size 128k; proxy_buffers 8 64k;
+                    client_body_buffer_size 64k;
                 }}
             }}
         }}
@@ -145,6 +150,7 @@ def _nginx(setup: Setup) -> Command:
 
 
 def _haproxy(setup: Setup) -> Command:
+    # Without http-no-delay a line of progress waits for the next ones, 50 ms in the median; it costs bulk nothing.
     secure = f"ssl crt {setup.certificates}/both.pem alpn http/1.1" if setup.certificates is not None else ""
     record = '{"time":"%tr","client":"%ci:%cp","method":"%HM","target":"%HU","status":%ST,"bytes":%B,"read":%U,'
     record += '"duration_ms":%Ta,"upstream":"%si:%sp","state":"%tsc"}'
@@ -163,6 +169,7 @@ defaults
     option splice-auto
     option splice-request
     option splice-response
+    option http-no-delay
     option http-keep-alive
     option forwardfor
     http-reuse always
