@@ -136,6 +136,7 @@ class TlsEndpoint(Endpoint):
                     self.read_event = WRITABLE
                     return False
                 self.read_event = READABLE
+                self.has_unread = self._incoming.pending > 0  # the first request came right behind the handshake
                 return True
 
     def _receive(self) -> None:

@@ -192,7 +192,6 @@ class ClientConnection:
             self._watch_head(began_at, Operation.HANDSHAKE)
             while not client.handshake():
                 self.waiter.wait(client.read_event, -1, 0)
-            client.read_event = READABLE
         except BlockingIOError:
             return self._shake_hands()  # poll was wrong about readiness
         except Abort as abort:

@@ -9,6 +9,8 @@ import collections.abc
 import errno
 import json
 import re
+import socket
+import ssl
 import threading
 import time
 import traceback
@@ -436,7 +438,12 @@ def describe_exception(error: BaseException | None) -> dict[str, object] | None:
     if error is None:
         return None
     number = error.errno if isinstance(error, OSError) else None
-    name = errno.errorcode.get(number) if isinstance(number, int) else None
+    name = None
+    if isinstance(error, socket.gaierror):
+        # Its errno is one of getaddrinfo's own codes; SSLError's is OpenSSL's, and has no name.
+        name = next((n for n in dir(socket) if n.startswith("EAI_") and getattr(socket, n) == number), None)
+    elif isinstance(number, int) and not isinstance(error, ssl.SSLError):
+        name = errno.errorcode.get(number)
     return {
         "class": type(error).__name__,
         "errno": name,

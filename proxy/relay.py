@@ -610,6 +610,8 @@ class Relay:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._queue_head(serialize_response(head, prepared, b"", None))
                 self._note("upstream", str(status))
+                if not rest:
+                    self.first_byte_at = None  # of the final response
                 self._flush_response(now)
             return
         framing = response_framing(status, head.section, self.request_head.method, self.settings.max_head_size.value)

@@ -104,7 +104,6 @@ class _LeasedConnection:
         try:
             while not endpoint.handshake():
                 wait(endpoint.fd, endpoint.read_event, None)
-            endpoint.read_event = select.POLLIN
         except OSError as error:
             raise socket_abort(Side.UPSTREAM, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error) from error
 
