@@ -87,6 +87,21 @@ def describe_machine() -> str:
     return f"{model}, {cores} cores, Linux {platform.release()}, CPython {platform.python_version()}"
 
 
+class Disturbance:
+    """How much of a core processes other than ours use, from its making on."""
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._machine = machine_busy_seconds()
+        self._own = own_busy_seconds()
+
+    def share(self) -> float:
+        """Tell it, as a share of one core."""
+        foreign = machine_busy_seconds() - self._machine - (own_busy_seconds() - self._own)
+        # The machine's clock ticks every 10 ms: over short times the difference is noise.
+        return max(0.0, foreign - 0.03) / (time.monotonic() - self._begun)
+
+
 class Processes:
     """All that was started, so that all of it can be ended, by pid."""
 

@@ -47,51 +47,18 @@ class Command:
 
 
 def _ours(setup: Setup) -> Command:
-    words: list[str | pathlib.Path] = [
-        sys.executable,
-        "-m",
-        "proxy",
-        "--listen",
-        f"127.0.0.1:{setup.port}",
-    ]
-    words += [
-        "--upstream",
-        f"http://127.0.0.1:{setup.upstream_port}",
-        "--log-file",
-        setup.log_file,
-    ]
+    words: list[str | pathlib.Path] = [sys.executable, "-m", "proxy", "--listen", f"127.0.0.1:{setup.port}"]
+    words += ["--upstream", f"http://127.0.0.1:{setup.upstream_port}", "--log-file", setup.log_file]
     if setup.certificates is not None:
-        words += [
-            "--tls-cert",
-            setup.certificates / "cert.pem",
-            "--tls-key",
-            setup.certificates / "key.pem",
-        ]
+        words += ["--tls-cert", setup.certificates / "cert.pem", "--tls-key", setup.certificates / "key.pem"]
     return Command(tuple(words), folder=REPOSITORY)
 
 
 def _go(setup: Setup, idle: int) -> Command:
-    words: list[str | pathlib.Path] = [
-        CACHE / "load",
-        "proxy",
-        "-listen",
-        f"127.0.0.1:{setup.port}",
-    ]
-    words += [
-        "-upstream",
-        f"http://127.0.0.1:{setup.upstream_port}",
-        "-log-file",
-        setup.log_file,
-        "-idle",
-        str(idle),
-    ]
+    words: list[str | pathlib.Path] = [CACHE / "load", "proxy", "-listen", f"127.0.0.1:{setup.port}"]
+    words += ["-upstream", f"http://127.0.0.1:{setup.upstream_port}", "-log-file", setup.log_file, "-idle", str(idle)]
     if setup.certificates is not None:
-        words += [
-            "-cert",
-            setup.certificates / "cert.pem",
-            "-key",
-            setup.certificates / "key.pem",
-        ]
+        words += ["-cert", setup.certificates / "cert.pem", "-key", setup.certificates / "key.pem"]
     return Command(tuple(words))
 
 
@@ -220,23 +187,13 @@ def _envoy(setup: Setup) -> Command:
                 },
             }
         ],
-        "http_filters": [
-            {
-                "name": "router",
-                "typed_config": {"@type": f"{extension}.filters.http.router.v3.Router"},
-            },
-        ],
+        "http_filters": [{"name": "router", "typed_config": {"@type": f"{extension}.filters.http.router.v3.Router"}}],
         "route_config": {
             "virtual_hosts": [
                 {
                     "name": "all",
                     "domains": ["*"],
-                    "routes": [
-                        {
-                            "match": {"prefix": "/"},
-                            "route": {"cluster": "behind", "timeout": "0s"},
-                        }
-                    ],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "behind", "timeout": "0s"}}],
                 }
             ]
         },
@@ -266,13 +223,7 @@ def _envoy(setup: Setup) -> Command:
     unlimited = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), 1 << 20)
     config = {
         "static_resources": {
-            "listeners": [
-                {
-                    "name": "front",
-                    "address": address(setup.port),
-                    "filter_chains": [chain],
-                }
-            ],
+            "listeners": [{"name": "front", "address": address(setup.port), "filter_chains": [chain]}],
             "clusters": [
                 {
                     "name": "behind",
@@ -288,26 +239,14 @@ def _envoy(setup: Setup) -> Command:
         }
     }
     path = setup.write("envoy.json", json.dumps(config))
-    words = (
-        find("envoy"),
-        "-c",
-        path,
-        "--concurrency",
-        str(WORKERS),
-        "--disable-hot-restart",
-        "-l",
-        "error",
-    )
+    words = (find("envoy"), "-c", path, "--concurrency", str(WORKERS), "--disable-hot-restart", "-l", "error")
     return Command((*words, "--file-flush-interval-msec", "500"))
 
 
 def _caddy(setup: Setup) -> Command:
     scheme, secure = "http", ""
     if setup.certificates is not None:
-        scheme, secure = (
-            "https",
-            f"tls {setup.certificates}/cert.pem {setup.certificates}/key.pem",
-        )
+        scheme, secure = ("https", f"tls {setup.certificates}/cert.pem {setup.certificates}/key.pem")
     config = setup.write(
         "Caddyfile",
         f"""
@@ -352,11 +291,7 @@ def _traefik(setup: Setup) -> Command:
     routes: dict[str, object] = {
         "http": {
             "routers": {
-                "all": {
-                    "rule": "PathPrefix(`/`)",
-                    "service": "behind",
-                    "entryPoints": ["front"],
-                }
+                "all": {"rule": "PathPrefix(`/`)", "service": "behind", "entryPoints": ["front"]}
                 | ({"tls": {}} if setup.certificates is not None else {})
             },
             "services": {
@@ -371,14 +306,8 @@ def _traefik(setup: Setup) -> Command:
         }
     }
     if setup.certificates is not None:
-        pair = {
-            "certFile": f"{setup.certificates}/cert.pem",
-            "keyFile": f"{setup.certificates}/key.pem",
-        }
-        routes["tls"] = {
-            "certificates": [pair],
-            "stores": {"default": {"defaultCertificate": pair}},
-        }
+        pair = {"certFile": f"{setup.certificates}/cert.pem", "keyFile": f"{setup.certificates}/key.pem"}
+        routes["tls"] = {"certificates": [pair], "stores": {"default": {"defaultCertificate": pair}}}
     routes_file = setup.write("routes.json", json.dumps(routes))
     os.replace(routes_file, routes_file.with_suffix(".yml"))  # JSON is YAML, and Traefik goes by the ending
     static = {
@@ -419,12 +348,7 @@ PEERS = {
         Peer("traefik", _traefik, "traefik", ""),
         Peer("envoy", _envoy, "envoy", f"--concurrency {WORKERS}"),
         Peer("nginx", _nginx, "nginx", f"{WORKERS} workers, no buffering"),
-        Peer(
-            "haproxy",
-            _haproxy,
-            "haproxy",
-            f"{WORKERS} threads, splice with 1 MiB pipes",
-        ),
+        Peer("haproxy", _haproxy, "haproxy", f"{WORKERS} threads, splice with 1 MiB pipes"),
     )
 }
 

@@ -114,10 +114,7 @@ def table(cells: Cells) -> tuple[list[str], list[list[str]]]:
     rows = []
     for peer in cells.rounds:
         error = cells.error(peer)
-        row = [
-            peer,
-            *(_cell(cells.values(peer, column)) for column in cells.figure.columns),
-        ]
+        row = [peer, *(_cell(cells.values(peer, column)) for column in cells.figure.columns)]
         if error is not None:
             row[1] = error
         for column in judged:
@@ -142,11 +139,7 @@ def as_text(cells: Cells) -> str:
     titles, rows = table(cells)
     # An error takes the place of the numbers and must not widen their column.
     widths = [
-        max(
-            len(titles[at]),
-            *(len(row[at]) for row in rows if at != 1 or cells.error(row[0]) is None),
-            0,
-        )
+        max(len(titles[at]), *(len(row[at]) for row in rows if at != 1 or cells.error(row[0]) is None), 0)
         for at in range(len(titles))
     ]
 
@@ -154,27 +147,14 @@ def as_text(cells: Cells) -> str:
         return "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
 
     return (
-        "\n".join(
-            [
-                f"{cells.figure.name}: {cells.figure.title}",
-                line(titles),
-                *map(line, rows),
-                *foot(cells),
-            ]
-        )
-        + "\n"
+        "\n".join([f"{cells.figure.name}: {cells.figure.title}", line(titles), *map(line, rows), *foot(cells)]) + "\n"
     )
 
 
 def as_markdown(cells: Cells) -> str:
     """Write a figure for a page."""
     titles, rows = table(cells)
-    lines = [
-        f"### {cells.figure.title}",
-        "",
-        "| " + " | ".join(titles) + " |",
-        "| --- " * len(titles) + "|",
-    ]
+    lines = [f"### {cells.figure.title}", "", "| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     lines += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
     for text in foot(cells):
         lines += ["", text]

@@ -55,20 +55,11 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
-def run(
-    command: collections.abc.Sequence[str | os.PathLike[str]],
-    environ: dict[str, str] | None = None,
-) -> str:
+def run(command: collections.abc.Sequence[str | os.PathLike[str]], environ: dict[str, str] | None = None) -> str:
     """Run a command to its end. Returns: what it printed on both outputs. Raises: MissingTool if it failed."""
     words = [os.fspath(word) for word in command]
     done = subprocess.run(
-        words,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environ,
-        check=False,
-        timeout=900,
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, check=False, timeout=900
     )
     if done.returncode != 0:
         raise MissingTool(f"{' '.join(words)} ended with {done.returncode}: {done.stdout.strip()[-500:]}")
@@ -94,10 +85,7 @@ def find(program: str) -> pathlib.Path:
         # The package's own service must not start: the benchmark starts what it measures.
         environ = dict(os.environ, DEBIAN_FRONTEND="noninteractive", RUNLEVEL="1")
         run(["apt-get", "update", "-qq"], environ)
-        run(
-            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", tool.debian],
-            environ,
-        )
+        run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", tool.debian], environ)
         where = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin")
     if where is None:
         raise MissingTool(f"{program} is missing")
@@ -109,11 +97,7 @@ def version(program: str) -> str:
     tool = TOOLS[program]
     # wrk has no option for its version: it prints it above its usage and ends with 1.
     done = subprocess.run(
-        [find(program), *tool.version],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+        [find(program), *tool.version], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     number = re.search(r"\d+\.\d+(\.\d+)*", done.stdout)
     return f"{program} {number.group() if number else 'of unknown version'}"
@@ -126,11 +110,7 @@ def build_load() -> pathlib.Path:
     if not binary.exists() or binary.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         say("building the Go helper (the first time takes half a minute)")
         environ = dict(
-            os.environ,
-            GOCACHE=str(CACHE / "gocache"),
-            GOTOOLCHAIN="local",
-            GOFLAGS="-mod=mod",
-            GOPROXY="off",
+            os.environ, GOCACHE=str(CACHE / "gocache"), GOTOOLCHAIN="local", GOFLAGS="-mod=mod", GOPROXY="off"
         )
         run([find("go"), "build", "-C", HERE / "load", "-o", binary, "."], environ)
     return binary
