@@ -1,15 +1,17 @@
 """Which options there are, and the value of each with the place where it was set.
 
-One table, ``OPTIONS``, is behind flags, environment, file, help and documents. Flag beats environment beats file beats default. Whatever is
-wrong (an unknown option, a bad value, a file that can't be read) is a ``ConfigError`` of one line with name, value, source and mend.
-Files that other options name are not opened here: ``tls`` and ``cli`` do that.
+One table, ``OPTIONS``, is behind flags, environment, file, help and documents. Flag beats environment beats file beats
+default. Whatever is wrong (an unknown option, a bad value, a file that can't be read) is a ``ConfigError`` of one line
+with name, value, source and mend. Files that other options name are not opened here: ``tls`` and ``cli`` do that.
 """
 
 import collections.abc
 import dataclasses
+import decimal
 import difflib
 import enum
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -123,9 +125,18 @@ _GENERAL = "General"
 _TIMEOUTS = "Timeouts and deadlines"
 _TLS = "TLS"
 
-# A head is kept whole in memory for each connection, hence the most; less than the least would refuse every real client.
+# A head is kept whole in memory for each connection, hence the most; less than the least would refuse real clients.
 _LEAST_HEAD = 1024
 _MOST_HEAD = 16 * 1024 * 1024
+
+
+def _time_limit(name: str, default: str, text: str) -> Option:
+    return Option(name, Kind.LIMIT, default, "S", text, _TIMEOUTS)
+
+
+def _pem_file(name: str, metavar: str, text: str, shown_default: str = "") -> Option:
+    return Option(name, Kind.PATH, "none", metavar, text + " (PEM)", _TLS, shown_default=shown_default)
+
 
 # Every option there is, in the order of help, `check` and documents.
 OPTIONS: tuple[Option, ...] = (
@@ -211,150 +222,48 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("log_schema", Kind.CHOICE, "native", "native", "field names of the log", _GENERAL, choices=("native",)),
     Option(
-        "config",
-        Kind.PATH,
-        "none",
-        "FILE",
-        "TOML file with these options, their names with _ in place of -",
-        _GENERAL,
+        "config", Kind.PATH, "none", "FILE", "TOML file with these options, their names with _ in place of -", _GENERAL
     ),
     Option(
         "drain_timeout",
         Kind.SECONDS,
         "30",
         "S",
-        "on SIGTERM, how long requests in flight, tunnels and /events may still take; 0 is not at all; a second SIGTERM ends now",
+        "on SIGTERM, how long requests in flight may still take; 0 is not at all; a second SIGTERM ends now",
         _GENERAL,
     ),
-    Option(
-        "client_head_timeout",
-        Kind.LIMIT,
-        "10",
-        "S",
-        "TLS handshake and request head, from its first byte to its last",
-        _TIMEOUTS,
+    _time_limit("client_head_timeout", "10", "TLS handshake and request head, from its first byte to its last"),
+    _time_limit("keepalive_timeout", "75", "client idle before the first byte of a request; its end is never an error"),
+    _time_limit("client_read_timeout", "none", "no progress reading the request body"),
+    _time_limit("client_read_deadline", "none", "the whole request, from the first byte of its head"),
+    _time_limit("client_write_timeout", "none", "no progress writing the response to the client"),
+    _time_limit(
+        "client_write_deadline", "none", "the whole response, from the end of the request head (as Go's WriteTimeout)"
     ),
-    Option(
-        "keepalive_timeout",
-        Kind.LIMIT,
-        "75",
-        "S",
-        "client idle before the first byte of a request; its end is never an error",
-        _TIMEOUTS,
-    ),
-    Option("client_read_timeout", Kind.LIMIT, "none", "S", "no progress reading the request body", _TIMEOUTS),
-    Option(
-        "client_read_deadline",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "the whole request, from the first byte of its head",
-        _TIMEOUTS,
-    ),
-    Option("client_write_timeout", Kind.LIMIT, "none", "S", "no progress writing the response to the client", _TIMEOUTS),
-    Option(
-        "client_write_deadline",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "the whole response, from the end of the request head (as Go's WriteTimeout)",
-        _TIMEOUTS,
-    ),
-    Option(
-        "upstream_connect_timeout",
-        Kind.LIMIT,
-        "10",
-        "S",
-        "reaching upstream: name lookup, TCP connect, TLS handshake",
-        _TIMEOUTS,
-    ),
-    Option(
-        "upstream_write_timeout",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "no progress writing the request to upstream",
-        _TIMEOUTS,
-    ),
-    Option(
-        "upstream_write_deadline",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "writing the whole request to upstream, from connected",
-        _TIMEOUTS,
-    ),
-    Option(
-        "upstream_head_timeout",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "from the request sent to the response head complete",
-        _TIMEOUTS,
-    ),
-    Option("upstream_read_timeout", Kind.LIMIT, "none", "S", "no progress reading the response body", _TIMEOUTS),
-    Option(
-        "upstream_read_deadline",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "the whole response body, from the end of its head",
-        _TIMEOUTS,
-    ),
-    Option(
-        "tunnel_timeout",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "no byte in either direction of an upgraded connection",
-        _TIMEOUTS,
-    ),
-    Option(
+    _time_limit("upstream_connect_timeout", "10", "reaching upstream: name lookup, TCP connect, TLS handshake"),
+    _time_limit("upstream_write_timeout", "none", "no progress writing the request to upstream"),
+    _time_limit("upstream_write_deadline", "none", "writing the whole request to upstream, from connected"),
+    _time_limit("upstream_head_timeout", "none", "from the request sent to the response head complete"),
+    _time_limit("upstream_read_timeout", "none", "no progress reading the response body"),
+    _time_limit("upstream_read_deadline", "none", "the whole response body, from the end of its head"),
+    _time_limit("tunnel_timeout", "none", "no byte in either direction of an upgraded connection"),
+    _time_limit(
         "peer_dead_timeout",
-        Kind.LIMIT,
         "60",
-        "S",
         "the peer's kernel has answered nothing at all: data in flight or probes unacknowledged",
-        _TIMEOUTS,
     ),
-    Option(
-        "tcp_user_timeout",
-        Kind.LIMIT,
-        "none",
-        "S",
-        "the kernel's TCP_USER_TIMEOUT; also ends a reader that is merely paused",
-        _TIMEOUTS,
-    ),
-    Option("tls_cert", Kind.PATH, "none", "FILE", "serve HTTPS with this certificate chain (PEM)", _TLS),
-    Option(
-        "tls_key",
-        Kind.PATH,
-        "none",
-        "FILE",
-        "its key (PEM)",
-        _TLS,
-        shown_default="none (the key is in --tls-cert)",
-    ),
-    Option("tls_client_ca", Kind.PATH, "none", "FILE", "require a client certificate of this CA (PEM)", _TLS),
-    Option(
+    _time_limit("tcp_user_timeout", "none", "the kernel's TCP_USER_TIMEOUT; also ends a reader that is merely paused"),
+    _pem_file("tls_cert", "FILE", "serve HTTPS with this certificate chain"),
+    _pem_file("tls_key", "FILE", "its key", "none (the key is in --tls-cert)"),
+    _pem_file("tls_client_ca", "FILE", "require a client certificate of this CA"),
+    _pem_file(
         "upstream_ca",
-        Kind.PATH,
-        "none",
         "FILE|system",
-        "CAs an https:// upstream may have its certificate from (PEM); system is the OS store",
-        _TLS,
-        shown_default="none (certifi's bundle)",
+        "CAs for the certificate of an https:// upstream, system is the OS store",
+        "none (certifi's bundle)",
     ),
-    Option("upstream_cert", Kind.PATH, "none", "FILE", "client certificate for an https:// upstream (PEM)", _TLS),
-    Option(
-        "upstream_key",
-        Kind.PATH,
-        "none",
-        "FILE",
-        "its key (PEM)",
-        _TLS,
-        shown_default="none (the key is in --upstream-cert)",
-    ),
+    _pem_file("upstream_cert", "FILE", "client certificate for an https:// upstream"),
+    _pem_file("upstream_key", "FILE", "its key", "none (the key is in --upstream-cert)"),
 )
 
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -419,7 +328,10 @@ class Settings:
     sources: dict[str, str]
 
     def describe(self) -> dict[str, dict[str, object]]:
-        """Returns: for each option ``{"value": ..., "source": ...}``, fit for JSON; seconds and bytes are numbers, off is None."""
+        """Say for JSON what every option is and where it was set.
+
+        Returns: ``{"value": ..., "source": ...}`` for each name; seconds and bytes are numbers, what is off is None.
+        """
         described: dict[str, dict[str, object]] = {}
         for option in OPTIONS:
             value: object = getattr(self, option.name)
@@ -437,12 +349,14 @@ class Settings:
 
 
 class _BadValue(ValueError):
-    """What is wrong with the text of a value, and the mend; who reads it adds option, value and source."""
+    """What is wrong with the text of a value; who catches it adds option, value, source, and a mend if it has none."""
+
+    def __init__(self, problem: str, mend: str = "") -> None:
+        super().__init__(problem)
+        self.mend = mend
 
 
-def load_settings(
-    arguments: collections.abc.Sequence[str], environ: collections.abc.Mapping[str, str]
-) -> Settings:
+def load_settings(arguments: collections.abc.Sequence[str], environ: collections.abc.Mapping[str, str]) -> Settings:
     """Put flags, environment, the file that either names, and defaults together.
 
     ``arguments`` are flags only, without a command.
@@ -466,7 +380,7 @@ def load_settings(
     return settings
 
 
-# -- where values come from; each reader gives name -> (text, source) --------------------------------------------------------------
+# -- where values come from: name -> (text, source) ------------------------------------------------
 
 
 def _read_flags(arguments: collections.abc.Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -476,13 +390,16 @@ def _read_flags(arguments: collections.abc.Sequence[str]) -> dict[str, tuple[str
         argument = rest.pop(0)
         if not argument.startswith("--") or argument == "--":
             raise ConfigError(
-                f"unexpected argument {_quoted(argument)}: options are --name VALUE or --name=VALUE, and a command comes first"
+                f"unexpected argument {_quoted(argument)}: options are --name VALUE or --name=VALUE,"
+                " and a command comes first"
             )
         flag, equals, text = argument.partition("=")
         name = flag[2:].replace("-", "_")
         option = _BY_NAME.get(name)
         if option is None or "_" in flag:
-            raise ConfigError(_unknown(f"option {_quoted(flag)}", name, [known.flag for known in OPTIONS], flag.replace("_", "-")))
+            raise ConfigError(
+                _unknown(f"option {_quoted(flag)}", name, [known.flag for known in OPTIONS], flag.replace("_", "-"))
+            )
         if not equals:
             # A value may begin with one hyphen (--log-file -), but the next option is no value.
             if not rest or rest[0].startswith("--"):
@@ -490,7 +407,8 @@ def _read_flags(arguments: collections.abc.Sequence[str]) -> dict[str, tuple[str
             text = rest.pop(0)
         if name in given:
             raise ConfigError(
-                f"{option.flag} (flag): given twice, {_shown(option, given[name][0])} and {_shown(option, text)}; keep one of them"
+                f"{option.flag} (flag): given twice, {_shown(option, given[name][0])} and {_shown(option, text)};"
+                " keep one of them"
             )
         given[name] = (text, "flag")
     return given
@@ -514,14 +432,18 @@ def _read_environment(environ: collections.abc.Mapping[str, str]) -> dict[str, t
 def ignored_variables(environ: collections.abc.Mapping[str, str]) -> list[str]:
     """Returns: the variables that begin with ``PROXY_`` and are taken for somebody else's.
 
-    The prefix is not ours alone: Kubernetes sets ``PROXY_PORT`` for a service named "proxy", and other programs read ``PROXY_USER``.
+    The prefix is not ours alone: Kubernetes sets ``PROXY_PORT`` for a service named "proxy", and other programs read
+    ``PROXY_USER``.
     """
     ours = {option.variable for option in OPTIONS}
     return sorted(variable for variable in environ if variable.startswith(ENVIRONMENT_PREFIX) and variable not in ours)
 
 
 def _looks_like_option(name: str) -> bool:
-    """Whether an unknown variable must be meant for this program: a known name but for a few letters, or two words of option names."""
+    """Whether an unknown variable must be meant for this program.
+
+    So it is if it is a known name but for a few letters, or made of two or more words of option names.
+    """
     if name in _BY_NAME or name in _NOT_YET or difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.8):
         return True
     words = name.split("_")
@@ -546,7 +468,7 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        # TOMLDecodeError says line and column; it is a ValueError, as is what int() says of a number with thousands of digits.
+        # TOMLDecodeError says line and column. It is a ValueError, as is what int() says of thousands of digits.
         problem = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f'{where}: is not TOML: {problem[:200]}; write lines such as name = "value"') from error
     lines = _key_lines(text)
@@ -556,10 +478,18 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
         option = _BY_NAME.get(name)
         if option is None:
             if isinstance(value, dict):
-                raise ConfigError(f"{_quoted(name)} ({place}): is a table, and options stand at the top level; remove the [{_cut(name)}]")
-            raise ConfigError(_unknown(f"option {_quoted(name)} ({place})", name.replace("-", "_"), list(_BY_NAME), name))
+                raise ConfigError(
+                    f"{_quoted(name)} ({place}): is a table, and options stand at the top level;"
+                    f" remove the line [{_cut(name)}]"
+                )
+            raise ConfigError(
+                _unknown(f"option {_quoted(name)} ({place})", name.replace("-", "_"), list(_BY_NAME), name)
+            )
         if name == "config":
-            raise ConfigError(f"config {_shown(option, str(value))} ({place}): can't be set in the file itself; use the flag or {option.variable}")
+            raise ConfigError(
+                f"config {_quoted(value)} ({place}): can't be set in the file itself;"
+                f" use {option.flag} or {option.variable}"
+            )
         given[name] = (_text_of(option, value, place), place)
     return given
 
@@ -580,9 +510,13 @@ def _text_of(option: Option, value: object, source: str) -> str:
             typing.assert_never(option.kind)
     if not fits or isinstance(value, bool):
         kind = _TOML_TYPES.get(type(value), "a date or time")
-        raise ConfigError(f"{option.name} {_quoted(value)} ({source}): is {kind}, and must be {wanted}; {_example(option)}")
-    # 1e-3 or 1e300: the fixed-point form is what the parsers of text read.
-    return f"{value:f}" if isinstance(value, float) and abs(value) < LONGEST_S * 10 else str(value)
+        raise ConfigError(
+            f"{option.name} {_quoted(value)} ({source}): is {kind}, and must be {wanted}; {_example(option)}"
+        )
+    if isinstance(value, float) and math.isfinite(value):
+        # 1e-07 as 0.0000001: digits are what the parsers of text read, and rounding could make an off switch of it.
+        return f"{decimal.Decimal(repr(value)):f}"
+    return str(value)
 
 
 _TOML_TYPES: dict[type, str] = {
@@ -598,22 +532,305 @@ _TOML_TYPES: dict[type, str] = {
 def _key_lines(text: str) -> dict[str, int]:
     """Find the line on which each top-level key of a valid TOML document stands, since tomllib does not tell.
 
-    A statement of TOML ends with its line unless a string or array in it is still open. So the shortest run of lines that tomllib
-    accepts, from where the last one ended, is one statement: no quoting rule is written down here a second time.
+    A statement of TOML ends with its line unless a string or array in it is still open. So the shortest run of lines
+    that tomllib accepts, from where the last one ended, is one statement: no rule of quoting is repeated here.
     """
     lines: dict[str, int] = {}
     pending = ""
     first = 1
+    in_table = False
     for number, line in enumerate(text.split("\n"), start=1):
         pending += line + "\n"
         try:
             statement = tomllib.loads(pending)
         except tomllib.TOMLDecodeError:
             continue
-        for name in statement:
-            lines.setdefault(name, first)
-        if line.lstrip(" \t").startswith("[") and pending == line + "\n":
-            return lines | {name: lines.get(name, found) for name, found in _table_lines(text, number).items()}
+        is_header = pending.lstrip(" \t").startswith("[")
+        in_table = in_table or is_header
+        if is_header or not in_table:
+            for name in statement:
+                lines.setdefault(name, first)
         pending = ""
         first = number + 1
     return lines
+
+
+# -- from text to value ----------------------------------------------------------------------------------------------
+
+
+def _parse(option: Option, text: str, source: str) -> typing.Any:
+    """Returns: the value that ``option.kind`` promises. Raises: ConfigError."""
+    try:
+        if "\0" in text or (not text and source != "default"):
+            raise _BadValue("holds a NUL character" if text else "is empty")
+        return _parse_kind(option, text, source)
+    except _BadValue as error:
+        raise ConfigError(
+            f"{option.name} {_shown(option, text)} ({source}): {error}; {error.mend or _example(option)}"
+        ) from None
+
+
+def _parse_kind(option: Option, text: str, source: str) -> typing.Any:
+    match option.kind:
+        case Kind.LISTEN:
+            return _parse_listen(text)
+        case Kind.UPSTREAM:
+            return _parse_upstream(text)
+        case Kind.WORKERS:
+            return _available_cores() if text == "auto" else _parse_number(text, 1, 1024)
+        case Kind.NUMBER:
+            return Bound(option.name, _parse_number(text, option.least, option.most), source)
+        case Kind.SIZE:
+            return Bound(option.name, _parse_size(option, text), source)
+        case Kind.SIZE_OR_NONE:
+            return None if text.lower() == "none" else Bound(option.name, _parse_size(option, text), source)
+        case Kind.LIMIT:
+            seconds = 0.0 if text.lower() == "none" else _parse_seconds(text)
+            return Limit(option.name, seconds, source) if seconds else None
+        case Kind.SECONDS:
+            return _parse_seconds(text)
+        case Kind.CHOICE:
+            if text in _LATER_CHOICES.get(option.name, ()):
+                raise _BadValue("is not available in this version")
+            if text not in option.choices:
+                raise _BadValue("is none of its values")
+            return text
+        case Kind.NAME:
+            return _parse_name(text) if text else _host_name_token()
+        case Kind.LOG_FILE:
+            return text
+        case Kind.PATH:
+            return None if text == "none" else text
+        case _:
+            typing.assert_never(option.kind)
+
+
+def _example(option: Option) -> str:
+    """Returns: how a value of the option is written, as a mend."""
+    match option.kind:
+        case Kind.LISTEN:
+            return "write HOST:PORT, such as 127.0.0.1:8080 or [::1]:8080, or unix:PATH"
+        case Kind.UPSTREAM:
+            return "write http://host:port, https://host:port or unix:///path"
+        case Kind.WORKERS:
+            return "write a whole number from 1 to 1024, or auto"
+        case Kind.NUMBER:
+            return f"write a whole number from {option.least} to {option.most}"
+        case Kind.SIZE:
+            return f"write bytes, such as 65536 or 64KiB, from {option.least} to {option.most}"
+        case Kind.SIZE_OR_NONE:
+            return "write bytes, such as 65536 or 64KiB, or none to switch it off"
+        case Kind.LIMIT:
+            return "write seconds, such as 10 or 0.5, or none to switch it off"
+        case Kind.SECONDS:
+            return "write seconds, such as 10 or 0.5; 0 waits for nothing"
+        case Kind.CHOICE:
+            return f"write {' or '.join(option.choices)}"
+        case Kind.NAME:
+            return "write letters, digits and !#$%&'*+-.^_`|~ only, 255 at most"
+        case Kind.LOG_FILE:
+            return "write a path, or - for stderr"
+        case Kind.PATH:
+            return "write a path, or none"
+        case _:
+            typing.assert_never(option.kind)
+
+
+def _available_cores() -> int:
+    # Not os.cpu_count(): a container or taskset may leave us fewer.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_SECONDS = re.compile(r"(-?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?(ms|s|m|h)?")
+_SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+
+
+def _parse_seconds(text: str) -> float:
+    match = _SECONDS.fullmatch(text)
+    if match is None:
+        raise _BadValue("is no number of seconds")
+    minus, digits, unit = match.groups()
+    if minus:
+        raise _BadValue("must not be negative")
+    seconds = float(digits) * _SECONDS_PER_UNIT[unit]
+    if seconds > LONGEST_S:
+        raise _BadValue(f"is more than the kernel can count, {LONGEST_S} s (24 days)")
+    if 0 < seconds < SHORTEST_S or (seconds == 0 and digits.strip("0.")):
+        raise _BadValue("is less than a millisecond")
+    return seconds
+
+
+_SIZE = re.compile(r"([0-9]{1,19}) ?(?:([kmg])(?:ib)?|b)?", re.IGNORECASE)
+_SIZE_PER_UNIT = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
+
+
+def _parse_size(option: Option, text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise _BadValue("is no number of bytes")
+    size = int(match[1]) * _SIZE_PER_UNIT[(match[2] or "").lower()]
+    if size < option.least:
+        raise _BadValue(f"is less than {option.least} byte{'s' if option.least > 1 else ''}")
+    if size > option.most:
+        raise _BadValue(f"is more than {option.most} bytes")
+    return size
+
+
+def _parse_number(text: str, least: int, most: int) -> int:
+    if re.fullmatch("[0-9]{1,19}", text) is None:
+        raise _BadValue("is no whole number")
+    if not least <= int(text) <= most:
+        raise _BadValue(f"is not from {least} to {most}")
+    return int(text)
+
+
+def _parse_name(text: str) -> str:
+    # Via takes a token as pseudonym (RFC 9110 §7.6.3). Whitespace or a comma in it would forge a further entry.
+    if len(text) > 255 or not text.isascii() or TOKEN.fullmatch(text.encode("ascii")) is None:
+        raise _BadValue("can't stand in Via")
+    return text
+
+
+def _host_name_token() -> str:
+    """Returns: the host name with what Via does not take replaced: no name of a machine is a reason not to start."""
+    return re.sub(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]", "-", socket.gethostname())[:255] or "proxy"
+
+
+def _parse_listen(text: str) -> TcpAddress | UnixAddress:
+    if text.startswith("unix:"):
+        return UnixAddress(_parse_unix_path(text.removeprefix("unix:")))
+    if "://" in text:
+        raise _BadValue("is a URL", "write HOST:PORT without a scheme and a path, or unix:PATH")
+    if text.startswith("/"):
+        raise _BadValue("has no port", f"for a unix socket write unix:{_cut(text)}")
+    host, colon, port = text.rpartition(":")
+    if not colon and text.isdigit():
+        raise _BadValue("has no host", _which_addresses(text))
+    if not colon or text.endswith("]"):
+        raise _BadValue("has no port", f"write {_cut(text)}:8080")
+    if host in ("", "*"):
+        raise _BadValue("names no address", _which_addresses(port))
+    return TcpAddress(_parse_host(host), _parse_port(port, least=0))
+
+
+def _which_addresses(port: str) -> str:
+    port = _cut(port)
+    return f"write 127.0.0.1:{port} for this machine alone, 0.0.0.0:{port} or [::]:{port} for all addresses"
+
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://([^/?#]*)([^?#]*)(.*)", re.DOTALL)
+_DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 2375}
+
+
+def _parse_upstream(text: str) -> UpstreamUrl:
+    if text.startswith("unix:"):
+        return UpstreamUrl("unix", "", 0, _parse_unix_path(text.removeprefix("unix:")))
+    if "@" in text:
+        raise _BadValue("holds a user name or password", "leave it out: it would not be sent")
+    match = _URL.fullmatch(text)
+    if match is None:
+        mend = f"write unix://{_cut(text)}" if text.startswith("/") else f"write http://{_cut(text)}, or https://"
+        raise _BadValue("has no scheme", mend)
+    scheme, authority, path, rest = match.groups()
+    scheme = scheme.lower()
+    if scheme not in _DEFAULT_PORTS:
+        raise _BadValue(f"has the scheme {_cut(scheme)}")
+    if path not in ("", "/") or rest:
+        what = "a path" if path not in ("", "/") else "a query or fragment"
+        raise _BadValue(f"has {what}", "leave it out: request targets go through unchanged")
+    host, colon, port = authority.rpartition(":")
+    if not colon or authority.endswith("]"):
+        host, port = authority, str(_DEFAULT_PORTS[scheme])
+    if not host:
+        raise _BadValue("has no host")
+    # tcp:// is how DOCKER_HOST spells it.
+    return UpstreamUrl("http" if scheme == "tcp" else scheme, _parse_host(host), _parse_port(port, least=1), "")
+
+
+def _parse_host(text: str) -> str:
+    """Returns: the host without brackets."""
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            return str(ipaddress.IPv6Address(text[1:-1]))
+        except ValueError:
+            raise _BadValue(f"holds {_quoted(text)}, which is no IPv6 address") from None
+    if text.count(":") > 1:
+        raise _BadValue("holds an IPv6 address without brackets", "write it as in [::1]:8080")
+    if re.fullmatch("[0-9.]+", text):
+        try:
+            return str(ipaddress.IPv4Address(text))
+        except ValueError:
+            raise _BadValue(f"holds {_quoted(text)}, which is no IPv4 address") from None
+    if len(text) > 253 or re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_.])?", text) is None or ".." in text:
+        raise _BadValue(f"holds {_quoted(text)}, which is no host name")
+    return text
+
+
+def _parse_port(text: str, least: int) -> int:
+    if re.fullmatch("[0-9]{1,5}", text) is None or not least <= int(text) <= 65535:
+        raise _BadValue(f"has the port {_quoted(text)}", f"write a port from {least} to 65535")
+    return int(text)
+
+
+def _parse_unix_path(text: str) -> str:
+    if text.startswith("//"):
+        # unix://var/run/docker.sock names the host "var".
+        if not text.startswith("///"):
+            raise _BadValue("has a host", f"write unix:///{_cut(text[2:])}, with three slashes")
+        text = text[2:]
+    if not text or text.endswith("/"):
+        raise _BadValue("names no socket", "write unix:PATH")
+    length = len(os.fsencode(text))
+    if length > _LONGEST_UNIX_PATH:
+        raise _BadValue(f"is a path of {length} octets, and the kernel takes {_LONGEST_UNIX_PATH}", "use a shorter one")
+    return text
+
+
+def _check_together(settings: Settings) -> None:
+    """Refuse options that have no meaning without another. Raises: ConfigError."""
+    needed = (
+        ("tls_key", settings.tls_key, "tls_cert", settings.tls_cert),
+        ("tls_client_ca", settings.tls_client_ca, "tls_cert", settings.tls_cert),
+        ("upstream_key", settings.upstream_key, "upstream_cert", settings.upstream_cert),
+    )
+    for name, value, other, other_value in needed:
+        if value is not None and other_value is None:
+            flag = _BY_NAME[other].flag
+            raise ConfigError(
+                f"{name} {_quoted(value)} ({settings.sources[name]}): has no meaning without {flag}; set {flag} too"
+            )
+    if settings.upstream.scheme == "https":
+        return
+    for name, value in (("upstream_ca", settings.upstream_ca), ("upstream_cert", settings.upstream_cert)):
+        if value is not None:
+            raise ConfigError(
+                f"{name} {_quoted(value)} ({settings.sources[name]}): has no meaning for"
+                f" upstream {str(settings.upstream)!r} ({settings.sources['upstream']});"
+                f" set an https:// upstream, or leave {_BY_NAME[name].flag} out"
+            )
+
+
+# -- words of errors -------------------------------------------------------------------------------------------------
+
+
+def _cut(text: str) -> str:
+    """Returns: ``text`` as it is, if it is short and printable, else as much of it as fits, escaped."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= _QUOTED_LENGTH else text[:_QUOTED_LENGTH] + "..."
+
+
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _QUOTED_LENGTH else text[:_QUOTED_LENGTH] + "..."
+
+
+def _shown(option: Option, text: str) -> str:
+    # A password someone put into the URL stays out of journals.
+    return _quoted(re.sub(r"(^|//)[^/].*@", r"\1***@", text) if option.kind is Kind.UPSTREAM else text)
+
+
+def _unknown(what: str, name: str, spellings: list[str], asked: str) -> str:
+    if name in _NOT_YET:
+        return f"{what}: is not available in this version; leave it out"
+    close = difflib.get_close_matches(asked, spellings, n=1)
+    return f"{what}: unknown; " + (f"did you mean {close[0]}?" if close else "--help lists the options")
