@@ -1,1 +1,1 @@
-"""Parts of scripts/bench: the machine, the tools, the proxies, the figures, the tables."""
+"""Parts of scripts/bench: the machine, the tools, the proxies, the figures, the tables, the picture."""

@@ -14,6 +14,7 @@ import types
 from .figures import Figure, all_figures
 from .machine import Disturbance, Processes, describe_machine, raise_file_limit
 from .peers import PEERS
+from .picture import as_svg
 from .report import DIRECT, OURS, Cells, as_markdown, as_text, summary
 from .stage import FULL, QUICK, CellError, Stage
 from .tools import REPOSITORY, MissingTool, find, say, tell_commit, version
@@ -37,6 +38,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help="how often (3; with --quick 2)")
     parser.add_argument("--markdown", action="store_true", help="tables for a page")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write every single value")
+    parser.add_argument("--svg", type=pathlib.Path, metavar="FILE", help="also draw what each proxy costs")
     return parser.parse_args(arguments)
 
 
@@ -182,6 +184,8 @@ def main(arguments: list[str]) -> int:
     if options.json is not None:
         raw = {"heading": heading, "figures": {each.figure.name: each.rounds for each in measured}}
         options.json.write_text(json.dumps(raw, indent=1) + "\n")
+    if options.svg is not None:
+        options.svg.write_text(as_svg(measured, heading.split(", CPython", 1)[0]))
     if interrupted:
         return 130
     return 1 if any(each.error(name) for each in measured for name in each.rounds) else 0

@@ -316,7 +316,7 @@ def all_figures(stage_connections: tuple[int, ...], sizes_mib: tuple[int, ...]) 
                 Column("growth", "last ÷ first"),
                 Column("least", "last ÷ least"),
             ),
-            (Goal("growth", 1.0, ("nginx", "envoy")),),
+            (Goal("growth", 1.0, ("nginx", "envoy")), Goal("least", 1.0, ("nginx", "envoy"))),
             _growth_connections,
             direct=False,
         ),
