@@ -388,7 +388,7 @@ class Record:
             case Cause.INTERNAL:
                 begin = f"a bug in the proxy ended {what} after {duration_s:.1f} s ({_error_text(abort.original)})"
         if abort.reject:
-            return f"{begin}; refused, nothing of it went upstream"
+            return f"{begin}; nothing of it went upstream"
         return f"{begin}: {self._progress(abort, counts, client, upstream)}"
 
     def _progress(self, abort: Abort, counts: dict[str, int], client: str, upstream: str) -> str:

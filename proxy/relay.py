@@ -365,10 +365,12 @@ class Relay:
         request = self.request
         framing = request.framing
         request.mark = framing.mark
+        content = framing.content
         try:
             stop = framing.feed(octets, 0, len(octets))
         except MalformedMessage as error:
             request.read += len(octets)
+            request.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_request(error, Phase.REQUEST_BODY, self.bounds) from error
         request.read += stop
         if stop < len(octets):
@@ -376,6 +378,7 @@ class Relay:
             octets = octets[:stop]
         bound = self.settings.max_body_size
         if bound is not None and framing.content > bound.value and not self.tunnel:
+            request.content_before -= framing.content - content
             raise Abort(
                 Side.CLIENT,
                 Phase.REQUEST_BODY,
@@ -661,11 +664,13 @@ class Relay:
         if not octets and appended:
             return
         response.mark = framing.mark
+        content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
         try:
             stop = framing.feed(octets, 0, len(octets), contents)
         except MalformedMessage as error:
             response.read += len(octets)
+            response.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
         response.read += stop
         if stop < len(octets):
