@@ -31,7 +31,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Compare the CPU time, speed and delay of this proxy with others on this machine.",
         epilog="Proxies: " + "; ".join(f"{peer.name}: {peer.note or peer.name}" for peer in PEERS.values()),
     )
-    names = ", ".join(all_figures(FULL.connections, FULL.sizes_mib))
+    names = ", ".join(all_figures(FULL))
     parser.add_argument("--quick", action="store_true", help="a few figures and proxies, in under a minute")
     parser.add_argument("--figures", metavar="NAMES", help=f"with commas, a name or its first part: {names}")
     parser.add_argument("--peers", metavar="NAMES", help=f"with commas: {', '.join(PEERS)}; direct always runs")
@@ -148,7 +148,7 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     scale = QUICK if options.quick else FULL
     words = options.figures.split(",") if options.figures else (list(QUICK_FIGURES) if options.quick else None)
-    figures = _chosen_figures(words, all_figures(scale.connections, scale.sizes_mib))
+    figures = _chosen_figures(words, all_figures(scale))
     names = options.peers.split(",") if options.peers else list(QUICK_PEERS if options.quick else PEERS)
     rounds = options.rounds or (2 if options.quick else 3)
     signal.signal(signal.SIGTERM, _interrupt)

@@ -10,7 +10,7 @@ import json
 import time
 
 from .peers import Peer
-from .stage import CellError, Instance, Stage
+from .stage import CellError, Instance, Scale, Stage
 
 GIB = 1 << 30
 BEST = "best"
@@ -241,7 +241,7 @@ def _bulk_figure(name: str, title: str, kind: str, goals: tuple[Goal, ...], secu
     return Figure(name, title, (_CPU_GIB, _WALL), goals, run)
 
 
-def all_figures(stage_connections: tuple[int, ...], sizes_mib: tuple[int, ...]) -> dict[str, Figure]:
+def all_figures(scale: Scale) -> dict[str, Figure]:
     """Give every figure by name, in the order of the tables; the growth figures have a column per step."""
     chunked = (Goal("cpu", 0.7, (BEST,)),)
     secure = (Goal("cpu", 1.0, (BEST,)),)
@@ -303,7 +303,7 @@ def all_figures(stage_connections: tuple[int, ...], sizes_mib: tuple[int, ...]) 
                 Column("p99", "in the storm"),
                 Column("cpu", "CPU s"),
             ),
-            (Goal("fall", 10.0),),
+            (Goal("fall", 10.0), Goal("recorded", float(scale.storm_clients), at_least=True)),
             _storm,
             note="On record: lines of any kind in the access log that name the request; of ours only request.abort "
             "with side client, phase response_body, cause reset.",
@@ -312,7 +312,7 @@ def all_figures(stage_connections: tuple[int, ...], sizes_mib: tuple[int, ...]) 
             "growth-connections",
             "GET 1 KiB: CPU µs per request by connections",
             (
-                *(Column(f"cpu_{number}", f"{number:,}") for number in stage_connections),
+                *(Column(f"cpu_{number}", f"{number:,}") for number in scale.connections),
                 Column("growth", "last ÷ first"),
                 Column("least", "last ÷ least"),
             ),
@@ -323,7 +323,7 @@ def all_figures(stage_connections: tuple[int, ...], sizes_mib: tuple[int, ...]) 
         Figure(
             "growth-sizes",
             "Download: CPU s per GiB by size of the body",
-            (*(Column(f"cpu_{size}", f"{size:,} MiB") for size in sizes_mib), Column("growth", "most ÷ least")),
+            (*(Column(f"cpu_{size}", f"{size:,} MiB") for size in scale.sizes_mib), Column("growth", "most ÷ least")),
             (Goal("growth", 1.25),),
             _growth_sizes,
             direct=False,

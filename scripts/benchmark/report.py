@@ -163,8 +163,10 @@ def as_markdown(cells: Cells) -> str:
 
 def summary(all_cells: collections.abc.Iterable[Cells]) -> str:
     """Count the goals met, and name those that are not."""
-    verdicts = [(cells.figure.name, verdict) for cells in all_cells for verdict in judge(cells)]
-    if not verdicts:
+    measured = [cells for cells in all_cells if OURS in cells.rounds]
+    verdicts = [(cells.figure.name, verdict) for cells in measured for verdict in judge(cells)]
+    wrong = [f"  {cells.figure.name}: ours was wrong" for cells in measured if cells.error(OURS) is not None]
+    if not verdicts and not wrong:
         return ""
     missed = [
         f"  {name}, {verdict.goal.column}"
@@ -173,4 +175,4 @@ def summary(all_cells: collections.abc.Iterable[Cells]) -> str:
         for name, verdict in verdicts
         if not verdict.met
     ]
-    return "\n".join([f"goals met: {len(verdicts) - len(missed)} of {len(verdicts)}", *missed])
+    return "\n".join([f"goals met: {len(verdicts) - len(missed)} of {len(verdicts)}", *missed, *wrong])
