@@ -18,7 +18,7 @@ BEST = "best"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Column:
-    """A value of a figure. `added`: what direct has is taken off, round by round."""
+    """A value of a figure. `added`: the median of direct is taken off."""
 
     key: str
     title: str

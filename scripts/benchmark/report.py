@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import math
 import statistics
 
 from .figures import BEST, Column, Figure, Goal
@@ -34,8 +35,8 @@ class Cells:
         values = [value for value in found if value is not None]
         if not column.added or peer == DIRECT:
             return values
-        base = self.values(DIRECT, column) if DIRECT in self.rounds else []
-        return [value - direct for value, direct in zip(values, base, strict=False)]
+        base = self.median(DIRECT, column) if DIRECT in self.rounds else None
+        return [] if base is None else [value - base for value in values]
 
     def median(self, peer: str, column: Column) -> float | None:
         """Give the median of a column, or None."""
@@ -69,7 +70,8 @@ class Verdict:
     def text(self) -> str:
         """Say it in a few words."""
         sign = "≥" if self.goal.at_least else "≤"
-        return f"{self.ratio:.2f} {sign} {self.goal.factor:g} {'✓' if self.met else '✗'}"
+        ratio = "more" if math.isinf(self.ratio) else f"{self.ratio:.2f}"
+        return f"{ratio} {sign} {self.goal.factor:g} {'✓' if self.met else '✗'}"
 
 
 def judge(cells: Cells) -> list[Verdict]:
@@ -91,8 +93,8 @@ def judge(cells: Cells) -> list[Verdict]:
         for name in goal.peers:
             peer = min(medians, key=lambda each: medians[each], default=None) if name == BEST else name
             if peer is not None and peer in medians:
-                # A delay may come out at nothing or less, where a ratio says nothing: then the difference decides.
-                ratio = own / medians[peer] if medians[peer] > 0 else (0.0 if own <= medians[peer] else float("inf"))
+                # An added delay may drown in the noise and come out at nothing or less, where a ratio says nothing.
+                ratio = max(0.0, own) / medians[peer] if medians[peer] > 0 else (math.inf if own > 0 else 0.0)
                 verdicts.append(Verdict(goal, peer, ratio, _met(goal, ratio)))
     return verdicts
 
