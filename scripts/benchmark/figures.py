@@ -18,11 +18,15 @@ BEST = "best"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Column:
-    """A value of a figure. `added`: the median of direct is taken off."""
+    """A value of a figure. `added`: the median of direct is taken off.
+
+    `derive` computes it from the medians of the figure's other columns; from those of a round, noise would add up.
+    """
 
     key: str
     title: str
     added: bool = False
+    derive: collections.abc.Callable[[list[float]], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,8 +175,7 @@ def _growth_connections(stage: Stage, peer: Peer) -> dict[str, float]:
     for connections in stage.scale.connections:
         load = _load_small(stage, instance, connections, stage.scale.small_s / 2, False)
         values[f"cpu_{connections}"] = load["cpu"]
-    last = values[f"cpu_{stage.scale.connections[-1]}"]
-    return values | {"growth": last / values[f"cpu_{stage.scale.connections[0]}"], "least": last / min(values.values())}
+    return values
 
 
 def _growth_sizes(stage: Stage, peer: Peer) -> dict[str, float]:
@@ -184,7 +187,6 @@ def _growth_sizes(stage: Stage, peer: Peer) -> dict[str, float]:
             options = ("-kind", "down", "-bytes", str(size << 20), "-repeat", str(repeat))
             stage.client(instance, "transfer", *options)
         values[f"cpu_{size}"] = measured.cpu_s * GIB / (repeat * size << 20)
-    values["growth"] = max(values.values()) / min(values.values())
     instance.empty_log()
     return values
 
@@ -313,8 +315,8 @@ def all_figures(scale: Scale) -> dict[str, Figure]:
             "GET 1 KiB: CPU µs per request by connections",
             (
                 *(Column(f"cpu_{number}", f"{number:,}") for number in scale.connections),
-                Column("growth", "last ÷ first"),
-                Column("least", "last ÷ least"),
+                Column("growth", "last ÷ first", derive=lambda steps: steps[-1] / steps[0]),
+                Column("least", "last ÷ least", derive=lambda steps: steps[-1] / min(steps)),
             ),
             (Goal("growth", 1.0, ("nginx", "envoy")), Goal("least", 1.0, ("nginx", "envoy"))),
             _growth_connections,
@@ -323,7 +325,10 @@ def all_figures(scale: Scale) -> dict[str, Figure]:
         Figure(
             "growth-sizes",
             "Download: CPU s per GiB by size of the body",
-            (*(Column(f"cpu_{size}", f"{size:,} MiB") for size in scale.sizes_mib), Column("growth", "most ÷ least")),
+            (
+                *(Column(f"cpu_{size}", f"{size:,} MiB") for size in scale.sizes_mib),
+                Column("growth", "most ÷ least", derive=lambda steps: max(steps) / min(steps)),
+            ),
             (Goal("growth", 1.25),),
             _growth_sizes,
             direct=False,

@@ -31,6 +31,10 @@ class Cells:
         """List a column's values of a proxy over the rounds; empty if one was wrong or the column is not for it."""
         if self.error(peer) is not None:
             return []
+        if column.derive is not None:
+            steps = [self.median(peer, other) for other in self.figure.columns if other.derive is None]
+            medians = [step for step in steps if step is not None]
+            return [column.derive(medians)] if len(medians) == len(steps) else []
         found = [outcome.get(column.key) for outcome in self.rounds[peer] if not isinstance(outcome, str)]
         values = [value for value in found if value is not None]
         if not column.added or peer == DIRECT:
