@@ -1,7 +1,8 @@
 """What an abort is, which cause an error of the operating system has, and what the client is told.
 
-``Abort`` is raised where the fact is known and carried unchanged to the one place that answers, logs and closes. The table ``ANSWERS``
-decides status and RFC 9209 error type; where the response head is already out, only the type is used.
+``Abort`` is raised where the fact is known and carried unchanged to the one place that answers, logs and closes. The
+table ``ANSWERS`` decides status and RFC 9209 error type; where the response head is already out, only the type is
+used.
 """
 
 import errno
@@ -16,8 +17,9 @@ from .vocabulary import Cause, Operation, Phase, Side
 class Abort(Exception):
     """The end of a request before its response was whole: whose doing, in which phase, doing what, why.
 
-    ``limit`` and ``elapsed_s`` are set for the proxy's own limits. ``status`` and ``error_type`` replace what the table says where the fact is finer
-    than the table. ``detail`` is a clause for the message. ``reject`` says that the proxy refused on the request head alone.
+    ``limit`` and ``elapsed_s`` are set for the proxy's own limits. ``status`` and ``error_type`` replace what the
+    table says where the fact is finer than the table. ``detail`` is a clause for the message. ``reject`` says that
+    the proxy refused on the request head alone.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ _CAUSE_BY_TYPE: tuple[tuple[type[BaseException], Cause], ...] = (
     (PermissionError, Cause.UNREACHABLE),
     (NotADirectoryError, Cause.UNREACHABLE),
     (ConnectionError, Cause.RESET),
-    # Our own limits never come as TimeoutError, since no socket has a timeout: this one is the kernel's verdict, ETIMEDOUT.
+    # Our own limits never come as TimeoutError, since no socket has a timeout: this one is the kernel's verdict,
+    # ETIMEDOUT.
     (TimeoutError, Cause.DEAD_PEER),
     (MemoryError, Cause.RESOURCE),
 )
@@ -100,7 +103,9 @@ def tls_error_type(error: BaseException) -> str | None:
 
 
 def socket_abort(side: Side, phase: Phase, operation: Operation, error: OSError, limit: Limit | None = None) -> Abort:
-    """Make the abort of a failed socket call. ``limit`` is the option behind the kernel's verdict on a dead peer, if one is set."""
+    """Make the abort of a failed socket call. ``limit`` is the option behind the kernel's verdict on a dead peer, if
+    one is set.
+    """
     cause = classify(error, operation)
     fitting_type = tls_error_type(error) if side is Side.UPSTREAM else None
     if cause is Cause.RESOURCE:
@@ -152,8 +157,9 @@ _BEFORE_ANSWER = (Phase.CONNECT, Phase.TLS_HANDSHAKE, Phase.REQUEST_BODY, Phase.
 
 _Row = tuple[Side, tuple[Phase, ...], tuple[Cause, ...], int | None, str | None]
 
-# One row for each way to end: sides, phases and causes that can occur, the status of the answer where one can still be given, and the
-# type of RFC 9209 §2.3, whose recommended status it is wherever CONTRACT version 1 knows that status.
+# One row for each way to end: sides, phases and causes that can occur, the status of the answer where one can still
+# be given, and the type of RFC 9209 §2.3, whose recommended status it is wherever CONTRACT version 1 knows that
+# status.
 _ROWS: tuple[_Row, ...] = (
     # The client is gone or cannot be talked to: nobody is left to answer.
     (Side.CLIENT, _ALL_PHASES, _GONE, None, None),

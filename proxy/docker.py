@@ -1,4 +1,5 @@
-"""All that is Docker's: which answers are raw streams, which are JSON message streams, and the error line the CLI prints.
+"""All that is Docker's: which answers are raw streams, which are JSON message streams, and the error line the CLI
+prints.
 
 Everything else treats a docker daemon as any HTTP/1.1 server.
 """

@@ -1,9 +1,11 @@
 """One connected socket of an exchange: its side, its name, how to read and write it, plain or under TLS.
 
-Both kinds are non-blocking and have the same four operations; ``BlockingIOError`` means: poll for ``read_event`` or ``write_event`` and come again.
-What an ``OSError`` means for the request is decided by the caller, who knows the phase.
+Both kinds are non-blocking and have the same four operations; ``BlockingIOError`` means: poll for ``read_event`` or
+``write_event`` and come again. What an ``OSError`` means for the request is decided by the caller, who knows the
+phase.
 """
 
+import collections.abc
 import errno
 import select
 import socket
@@ -15,15 +17,15 @@ from .vocabulary import Side
 READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
 
-# Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take it, and
-# ciphertext read at once.
+# Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take
+# it, and ciphertext read at once.
 _RECORD_SIZE = 16384
 _BATCH_SIZE = 16 * _RECORD_SIZE
 _CIPHERTEXT_READ = 256 * 1024
 
 
 class Endpoint:
-    """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost no frame."""
+    """A plain connected socket. ``read`` and ``write`` are the socket's own methods, so that they cost no frame."""
 
     __slots__ = (
         "can_splice",
@@ -33,7 +35,6 @@ class Endpoint:
         "pulse",
         "read",
         "read_event",
-        "read_into",
         "side",
         "sock",
         "write",
@@ -46,9 +47,8 @@ class Endpoint:
         self.fd = sock.fileno()
         self.side = side
         self.name = name
-        self.read = sock.recv
-        self.read_into = sock.recv_into
-        self.write = sock.send
+        self.read: collections.abc.Callable[[int], bytes] = sock.recv
+        self.write: collections.abc.Callable[[bytes | bytearray | memoryview], int] = sock.send
         self.read_event = READABLE
         self.write_event = WRITABLE
         self.has_unread = False  # octets that poll does not see
@@ -71,12 +71,21 @@ class Endpoint:
 class TlsEndpoint(Endpoint):
     """A socket under TLS, with the TLS state kept apart from the socket.
 
-    ``ssl.SSLSocket`` can't pass on a half-close: its ``unwrap`` reads, and a peer that still sends breaks the connection with
-    APPLICATION_DATA_AFTER_CLOSE_NOTIFY. With memory in between, close_notify is sent when nothing is left to read. It also takes one system call where
-    SSLSocket takes two for each record.
+    ``ssl.SSLSocket`` can't pass on a half-close: its ``unwrap`` reads, and a peer that still sends breaks the
+    connection with APPLICATION_DATA_AFTER_CLOSE_NOTIFY. With memory in between, close_notify is sent when nothing is
+    left to read. It also takes one system call where SSLSocket takes two for each record.
     """
 
-    __slots__ = ("_batch_cipher", "_batch_plain", "_batch_reported", "_decrypted", "_incoming", "_outgoing", "_unsent", "tls")
+    __slots__ = (
+        "_batch_cipher",
+        "_batch_plain",
+        "_batch_reported",
+        "_decrypted",
+        "_incoming",
+        "_outgoing",
+        "_unsent",
+        "tls",
+    )
 
     def __init__(
         self,
@@ -95,13 +104,13 @@ class TlsEndpoint(Endpoint):
         )
         self._decrypted = b""  # read ahead of a half-close
         self._unsent = b""  # ciphertext that the socket has not taken
-        # The batch of records being sent: octets of plaintext and ciphertext in it, and of plaintext reported as written.
+        # The batch of records being sent: octets of plaintext and ciphertext in it, and of plaintext reported as
+        # written.
         self._batch_plain = 0
         self._batch_cipher = 0
         self._batch_reported = 0
         self.can_splice = False
         self.read = self._read
-        self.read_into = self._read_into
         self.write = self._write
 
     # What urllib3 asks of a socket.
@@ -149,7 +158,8 @@ class TlsEndpoint(Endpoint):
     def _read(self, size: int) -> bytes:
         """Read up to ``size`` octets of plaintext; b"" at close_notify.
 
-        Raises: BlockingIOError if there are none yet; ssl.SSLEOFError where the connection ended without close_notify; OSError.
+        Raises: BlockingIOError if there are none yet; ssl.SSLEOFError where the connection ended without
+        close_notify; OSError.
         """
         parts = []
         have = 0
@@ -185,13 +195,9 @@ class TlsEndpoint(Endpoint):
             self.has_unread = True
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _read_into(self, buffer: memoryview) -> int:
-        octets = self._read(len(buffer))
-        buffer[: len(octets)] = octets
-        return len(octets)
-
-    def _write(self, octets: bytes | memoryview) -> int:
-        """Write plaintext. As with OpenSSL itself, a call that took less than all must be repeated with the octets not taken.
+    def _write(self, octets: bytes | bytearray | memoryview) -> int:
+        """Write plaintext. As with OpenSSL itself, a call that took less than all must be repeated with the octets
+        not taken.
 
         Returns: how many octets are in records that the socket took whole.
         Raises: BlockingIOError if none are; OSError.
@@ -242,7 +248,9 @@ class TlsEndpoint(Endpoint):
         return not self._unsent
 
     def end_write(self) -> None:
-        """Send close_notify, and leave the reading direction as it is; call ``flush`` until it is out. Raises: OSError."""
+        """Send close_notify, and leave the reading direction as it is; call ``flush`` until it is out. Raises:
+        OSError.
+        """
         # SSL_shutdown reads too, and application data would be fatal to it: read first all there is.
         try:
             while octets := self.tls.read(_RECORD_SIZE):

@@ -1,9 +1,10 @@
 """One client connection, and on it one request after another: from the first byte to the record. Read this first.
 
-    await the first byte -> read the head -> judge it -> lease an upstream connection -> relay -> settle -> record -> next, linger, or close
+    await the first byte -> read the head -> judge it -> lease an upstream connection -> relay
+        -> settle -> record -> next request, linger, or close
 
-Everything that goes wrong is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the one place that asks the kernel for evidence,
-closes upstream, and answers the client or cuts its response.
+Everything that goes wrong is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the one
+place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from .head import RequestHead, SectionMemory, check_partial_head, parse_request_
 from .kernel import POLLRDHUP, reset_on_close, socket_evidence, unacknowledged_bytes
 from .limits import Bound, Limit, Watch
 from .log import EventLog
-from .record import Record, Tally, describe_exception, describe_limit
+from .record import ConnectionNotes, Record, Tally, describe_exception, describe_limit
 from .relay import PipeStore, Relay, dead_peer_limit
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
@@ -36,7 +37,8 @@ _HEAD_READ = 64 * 1024
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
-# After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before the record is written.
+# After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before
+# the record is written.
 _SETTLE_S = 2.0
 _SETTLE_MIN = 64 * 1024
 # Lingering: a client that still sends is read for so long, and so much, that it gets to see the answer (RFC 9112 §9.6).
@@ -97,6 +99,7 @@ class ClientConnection:
         "_close_mode",
         "_context",
         "_memory",
+        "_notes",
         "_residue",
         "client",
         "connection_id",
@@ -111,12 +114,15 @@ class ClientConnection:
     )
 
     def __init__(self, worker: Worker, sock: socket.socket, name: str, address: str, *, overflow: bool) -> None:
-        """``name`` is for the log, ``address`` for X-Forwarded-For; ``overflow`` marks a connection beyond --max-connections."""
+        """``name`` is for the log, ``address`` for X-Forwarded-For; ``overflow`` marks a connection beyond
+        --max-connections.
+        """
         self.worker = worker
         self.settings = settings = worker.settings
         self.name = name
         self.overflow = overflow
         self.connection_id = worker.next_id()
+        self._notes = ConnectionNotes(self.connection_id, name, worker.pid)
         dead = settings.peer_dead_timeout
         dead_s = dead.seconds if dead is not None else None
         self.client: AnyEndpoint
@@ -144,7 +150,7 @@ class ClientConnection:
         self.served = 0
         self._close_mode = "close"
 
-    # -- the connection ---------------------------------------------------------------------------------------------------
+    # -- the connection ----------------------------------------------------------------------------
 
     def serve(self) -> None:
         """Serve requests until the connection ends, and close it. Raises nothing a peer could cause."""
@@ -199,10 +205,10 @@ class ClientConnection:
             return False
         except OSError as error:
             if isinstance(error, ssl.SSLEOFError):
-                abort = Abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, Cause.CLOSED, original=error)
+                failure = Abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, Cause.CLOSED, original=error)
             else:
-                abort = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error)
-            self._connection_abort(abort, began_at)
+                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error)
+            self._connection_abort(failure, began_at)
             return False
         finally:
             self.waiter.watches.clear()
@@ -212,21 +218,25 @@ class ClientConnection:
         """Say in plain HTTP that TLS is spoken here: the client would see no more than garbage otherwise."""
         text = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
         body = f'{{"message": "{text}"}}\n'
-        head = f"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        head = (
+            "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
         self._close_mode = "linger"
         self.client.sock.send((head + body).encode("ascii"))
 
     def _connection_abort(self, abort: Abort, began_at: float) -> None:
         evidence = socket_evidence(self.client.sock)
+        duration_s = time.monotonic() - began_at
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
         self.worker.log.event(
             "warning",
             "connection.abort",
-            message=f"TLS handshake with client {self.name} failed after {time.monotonic() - began_at:.1f} s ({abort.cause}): {what}",
+            message=f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}",
             connection_id=self.connection_id,
             pid=self.worker.pid,
             client=self.name,
-            duration_s=round(time.monotonic() - began_at, 6),
+            duration_s=round(duration_s, 6),
             side=abort.side.value,
             phase=abort.phase.value,
             operation=abort.operation.value if abort.operation else None,
@@ -250,7 +260,7 @@ class ClientConnection:
                 why=why,
             )
 
-    # -- one request ------------------------------------------------------------------------------------------------------
+    # -- one request -------------------------------------------------------------------------------
 
     def _serve_request(self) -> bool:
         """Relay one request and write its record. Returns: whether another may follow on this connection."""
@@ -259,7 +269,7 @@ class ClientConnection:
             return False
         worker = self.worker
         self.record = record = Record(
-            worker.log, worker.tally, self._settle, worker.next_id(), self.connection_id, self.name, worker.pid, time.monotonic()
+            worker.log, worker.tally, self._settle, worker.next_id(), self._notes, time.monotonic()
         )
         self._close_mode = "close"
         with record:
@@ -471,7 +481,8 @@ class ClientConnection:
                 relay.attach(upstream, connection.memory, head_octets, body, now)
                 relay.run()
             except Abort as abort:
-                # The only catch between the fact and the record: a kept connection that had gone stale proves nothing about upstream.
+                # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
+                # about upstream.
                 if not reused or record.attempts or not _may_retry(abort, relay, head):
                     raise
                 record.attempts.append(_attempt(abort, connection.name))
@@ -559,14 +570,16 @@ class ClientConnection:
                 return  # the peer has gone first: nothing is owed to it
 
     def _drop_lease(self) -> None:
-        """Close the upstream connection in the middle of an exchange: that is how upstream is told that nobody waits any more."""
+        """Close the upstream connection in the middle of an exchange: that is how upstream is told that nobody waits
+        any more.
+        """
         connection, self.lease = self.lease, None
         if connection is None:
             return
         self.waiter.forget_upstream()
         connection.close()
 
-    # -- the end of one request -----------------------------------------------------------------------------------------------
+    # -- the end of one request --------------------------------------------------------------------
 
     def _settle(self, record: Record, abort: Abort | None) -> Abort | None:
         """End an exchange: await delivery, or read the evidence, tell upstream, and tell the client.
@@ -584,12 +597,18 @@ class ClientConnection:
             else:
                 self._close_mode = self._mode_after(relay)
                 return None
-        record.client_evidence = socket_evidence(self.client.sock)
+        is_dead = abort.cause is Cause.DEAD_PEER
+        record.client_evidence = socket_evidence(self.client.sock, dead=is_dead and abort.side is Side.CLIENT)
         connection = self.lease
         if connection is not None and connection.sock is not None:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
-            record.upstream_evidence = socket_evidence(upstream_sock)
-        if connection is not None and connection.endpoint is None and relay is not None and abort.phase is not Phase.CONNECT:
+            record.upstream_evidence = socket_evidence(upstream_sock, dead=is_dead and abort.side is Side.UPSTREAM)
+        if (
+            connection is not None
+            and connection.endpoint is None
+            and relay is not None
+            and abort.phase is not Phase.CONNECT
+        ):
             record.upstream = connection.name or None
         self._drop_lease()
         self._tell_client(record, abort)
@@ -628,7 +647,7 @@ class ClientConnection:
             pause_s = min(pause_s * 2, 0.05)
 
     def _tell_client(self, record: Record, abort: Abort) -> None:
-        """Answer the client if nothing of a response has gone out, else cut the response so that it can't look whole."""
+        """Answer the client if nothing of a response has gone out, else cut the response: it can't look whole then."""
         relay = record.relay
         gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
         self._close_mode = "close"
@@ -655,7 +674,9 @@ class ClientConnection:
     def _answer(self, record: Record, abort: Abort, status: int) -> None:
         message = record.sentence(abort, time.monotonic()) + f" (request id {record.request_id})"
         head_only = record.head is not None and record.head.method == b"HEAD"
-        octets = error_response(abort, status, message, self.settings.proxy_name, record.request_id, head_only=head_only)
+        octets = error_response(
+            abort, status, message, self.settings.proxy_name, record.request_id, head_only=head_only
+        )
         written = self._write_out(octets)
         record.answered_bytes += written
         if written:
@@ -679,14 +700,15 @@ class ClientConnection:
                 break  # the abort that is being answered is the first error, and the one that is logged
         return done
 
-    # -- the end of the connection ---------------------------------------------------------------------------------------------
+    # -- the end of the connection -----------------------------------------------------------------
 
     def _end(self) -> None:
         """End the connection as the last exchange left it."""
         mode = self._close_mode
         if mode == "reset":
             self._await_empty(time.monotonic() + _ANSWER_S)
-            reset_on_close(self.client.sock)
+            if self.client.sock.family != socket.AF_UNIX:
+                reset_on_close(self.client.sock)
             return
         if mode == "close":
             return
@@ -708,8 +730,9 @@ class ClientConnection:
             poller.poll(100)
 
     def _linger(self) -> None:
-        """Read and drop what the client still sends until it has seen our end, since closing with unread data would reset the connection and
-        destroy the answer on its way (RFC 9112 §9.6)."""
+        """Read and drop what the client still sends until it has seen our end, since closing with unread data would
+        reset the connection and destroy the answer on its way (RFC 9112 §9.6).
+        """
         sock = self.client.sock
         poller = select.poll()
         poller.register(self.client.fd, READABLE)
@@ -732,8 +755,8 @@ class ClientConnection:
     def _await_empty(self, until: float | None) -> None:
         """Hold the socket until the client's kernel has taken everything.
 
-        A closed socket with unsent data is an orphan, and the kernel gives up on orphans whose reader pauses for some minutes; a socket
-        that is held it never gives up on while the reader lives.
+        A closed socket with unsent data is an orphan, and the kernel gives up on orphans whose reader pauses for some
+        minutes; a socket that is held it never gives up on while the reader lives.
         """
         client = self.client
         control = self.worker.control
@@ -749,7 +772,11 @@ class ClientConnection:
                 return
             if poller.poll(int(pause_s * 1000) + 1):
                 return  # failed: nothing will be taken any more
-            if dead is not None and client.pulse is not None and client.pulse.silent_s(client.sock, now) >= dead.seconds:
+            if (
+                dead is not None
+                and client.pulse is not None
+                and client.pulse.silent_s(client.sock, now) >= dead.seconds
+            ):
                 return
             pause_s = min(pause_s * 2, 1.0)
 
@@ -763,8 +790,9 @@ def _response_body_phase(side: Side, operation: Operation) -> Phase:
 
 
 def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
-    """Whether a request may be sent again after a kept connection failed: nothing came back, all of it is still at hand, and sending it
-    twice does no harm (RFC 9110 §9.2.2)."""
+    """Whether a request may be sent again after a kept connection failed: nothing came back, all of it is still at
+    hand, and sending it twice does no harm (RFC 9110 §9.2.2).
+    """
     return (
         abort.side is Side.UPSTREAM
         and abort.cause in (Cause.CLOSED, Cause.RESET)
@@ -783,5 +811,3 @@ def _attempt(abort: Abort, upstream: str) -> dict[str, object]:
         "cause": abort.cause.value,
         "exception": describe_exception(abort.original),
     }
-
-

@@ -1,7 +1,8 @@
 """Which fields go on to the other side: hop-by-hop fields out, the proxy's own in, everything else octet for octet.
 
-The result depends only on the header section and on the connection it came over, so it is kept with the section and made once for as
-long as a peer repeats itself; what changes from request to request (``X-Request-Id``) is added when the head is serialized.
+The result depends only on the header section and on the connection it came over, so it is kept with the section and
+made once for as long as a peer repeats itself; what changes from request to request (``X-Request-Id``) is added when
+the head is serialized.
 """
 
 import dataclasses
@@ -9,10 +10,18 @@ import dataclasses
 from .grammar import REQUEST_ID, TOKEN
 from .head import HeaderSection, RequestHead, ResponseHead
 
-# RFC 9110 §7.6.1, and the two fields of a proxy's own authentication, which apply to the next hop alone (§11.7). Transfer-Encoding is not
-# among them: the chunked coding is relayed as it is, with its field.
+# RFC 9110 §7.6.1, and the two fields of a proxy's own authentication, which apply to the next hop alone (§11.7).
+# Transfer-Encoding is not among them: the chunked coding is relayed as it is, with its field.
 _HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"upgrade", b"proxy-authenticate", b"proxy-authorization")
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"te",
+        b"upgrade",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+    )
 )
 # Set by the proxy: what a client sends under these names would let it pose as another.
 _SET_ON_REQUESTS = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-request-id"))
@@ -56,7 +65,11 @@ def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[by
     lines = []
     for name, value in section.fields:
         lower = name.lower()
-        if lower not in dropped and lower not in _HOP_BY_HOP and (lower not in options or lower == b"transfer-encoding"):
+        if (
+            lower not in dropped
+            and lower not in _HOP_BY_HOP
+            and (lower not in options or lower == b"transfer-encoding")
+        ):
             lines.append(b"%b:%b\r\n" % (name, value))
     return lines
 
@@ -109,7 +122,9 @@ def _is_trailers(value: bytes) -> bool:
 
 
 def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) -> PreparedResponse:
-    """Make, or find again, the field lines of a response for the client. ``dechunk`` leaves the chunked coding off, for HTTP/1.0."""
+    """Make, or find again, the field lines of a response for the client. ``dechunk`` leaves the chunked coding off,
+    for HTTP/1.0.
+    """
     section = head.section
     prepared = section.prepared
     if isinstance(prepared, PreparedResponse) and prepared.dechunk is dechunk and prepared.minor == head.minor:
@@ -133,8 +148,12 @@ def serialize_request(head: RequestHead, prepared: PreparedRequest, request_id: 
     return b"%b %b HTTP/1.1\r\n%bX-Request-Id: %b\r\n\r\n" % (head.method, head.target, prepared.lines, request_id)
 
 
-def serialize_response(head: ResponseHead, prepared: PreparedResponse, connection: bytes, request_id: bytes | None) -> bytes:
-    """Returns: the response head for the client. ``connection`` holds whole lines, or nothing; interim responses have no ``request_id``."""
+def serialize_response(
+    head: ResponseHead, prepared: PreparedResponse, connection: bytes, request_id: bytes | None
+) -> bytes:
+    """Returns: the response head for the client. ``connection`` holds whole lines, or nothing; interim responses have
+    no ``request_id``.
+    """
     id_line = b"X-Request-Id: %b\r\n" % request_id if request_id is not None else b""
     return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (head.status, head.reason, prepared.lines, connection, id_line)
 

@@ -1,13 +1,22 @@
 """Where a message ends: by no body, by length, by chunks, or with the connection.
 
-Each framing is fed the octets that follow a head, says how many of them belong to the message, and counts the content; it buffers nothing
-but a part of a line, and changes nothing: the octets are relayed as they came. Does no input or output and knows no side.
+Each framing is fed the octets that follow a head, says how many of them belong to the message, and counts the
+content; it buffers nothing but a part of a line, and changes nothing: the octets are relayed as they came. Does no
+input or output and knows no side.
 
-Invariant: after ``feed(octets, start, end)`` returned ``stop``, the octets ``[start:stop]`` belong to this message, and ``stop < end`` only if it
-is complete.
+Invariant: after ``feed(octets, start, end)`` returned ``stop``, the octets ``[start:stop]`` belong to this message,
+and ``stop < end`` only if it is complete.
 """
 
-from .grammar import CHUNK_LINE, FIELD_LINES, MAX_CHUNK_LINE, MAX_FIELDS, MalformedMessage
+from .grammar import (
+    CHUNK_LINE,
+    FIELD_LINES,
+    MAX_CHUNK_LINE,
+    MAX_FIELDS,
+    PART_OF_CHUNK_LINE,
+    PART_OF_LINE,
+    MalformedMessage,
+)
 from .head import HeaderSection
 
 # More than any body, and small enough for every interface that takes a count.
@@ -91,7 +100,9 @@ class LengthFraming:
 
 
 class ConnectionFraming(LengthFraming):
-    """A body, or one direction of a tunnel, that ends with the connection: ``complete`` is set by whoever sees that end."""
+    """A body, or one direction of a tunnel, that ends with the connection: ``complete`` is set by whoever sees that
+    end.
+    """
 
     __slots__ = ()
     ends_with_connection = True
@@ -112,13 +123,39 @@ class ConnectionFraming(LengthFraming):
 
 
 _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
+# A recipient that merges trailers into the header section must not find other framing, another host, options of a connection, or an address of the
+# client that we would have dropped from a head (RFC 9110 §6.5.1).
+_NEVER_IN_TRAILERS = frozenset(
+    (
+        b"connection",
+        b"content-length",
+        b"host",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+    )
+)
 
 
 class ChunkedFraming:
-    """A body in the chunked coding (RFC 9112 §7.1), read strictly: lines end with CRLF, sizes are plain hexadecimal, trailer fields are
-    fields. ``max_trailer_size`` bounds the trailer section in octets."""
+    """A body in the chunked coding (RFC 9112 §7.1), read strictly: lines end with CRLF, sizes are plain hexadecimal,
+    trailer fields are fields. ``max_trailer_size`` bounds the trailer section in octets.
+    """
 
-    __slots__ = ("complete", "content", "line", "max_trailer_size", "remaining", "state", "trailer_fields", "trailer_size")
+    __slots__ = (
+        "complete",
+        "content",
+        "line",
+        "max_trailer_size",
+        "remaining",
+        "state",
+        "trailer_fields",
+        "trailer_size",
+    )
     ends_with_connection = False
 
     def __init__(self, max_trailer_size: int = 65536) -> None:
@@ -126,7 +163,7 @@ class ChunkedFraming:
         self.remaining = 0
         self.content = 0
         self.complete = False
-        self.line = b""  # the part of a line (or of the CRLF after a chunk) that has come so far
+        self.line = bytearray()  # the part of a line (or of the CRLF after a chunk) that has come so far
         self.max_trailer_size = max_trailer_size
         self.trailer_size = 0
         self.trailer_fields = 0
@@ -139,12 +176,17 @@ class ChunkedFraming:
     @property
     def mark(self) -> Mark:
         """Where the framing stands; see ``content_between``."""
-        return (self.state, self.remaining, self.trailer_size, self.line)
+        # A part of a trailer may be long and come octet by octet, and there is no content behind it: it is not copied.
+        line = b"" if self.state == _TRAILER else bytes(self.line)
+        return (self.state, self.remaining, self.trailer_size, line)
 
     def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
         """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
+        if mark[0] == _TRAILER:
+            return 0
         replay = ChunkedFraming(self.max_trailer_size)
-        replay.state, replay.remaining, replay.trailer_size, replay.line = mark
+        replay.state, replay.remaining, replay.trailer_size, line = mark
+        replay.line += line
         replay.feed(octets, start, end)
         return replay.content
 
@@ -155,7 +197,7 @@ class ChunkedFraming:
         Raises: MalformedMessage, with the octet counted from ``start``.
         """
         at = start
-        while at < end:
+        while at < end and not self.complete:
             if self.state == _DATA:
                 count = end - at
                 if count >= self.remaining:
@@ -169,15 +211,16 @@ class ChunkedFraming:
                 continue
             line_end = octets.find(b"\n", at, end)
             if line_end < 0:
-                self.line += octets[at:end]
-                self._check_part(at - start)
+                self._hold(octets[at:end], at - start)
                 return end
             line = octets[at : line_end + 1]
             if self.line:
-                line = self.line + line
-                self.line = b""
+                line = bytes(self.line + line)
+                self.line.clear()
             if line[-2:] != b"\r\n":
-                raise MalformedMessage("a line feed without its carriage return in chunked framing", line_end - start, line[-32:])
+                raise MalformedMessage(
+                    "a line feed without its carriage return in chunked framing", line_end - start, line[-32:]
+                )
             if self.state == _SIZE:
                 match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
                 if match is None or len(line) > MAX_CHUNK_LINE:
@@ -190,22 +233,23 @@ class ChunkedFraming:
                 self.state = _SIZE
             else:
                 self._take_trailer_line(bytes(line), at - start)
-                if self.complete:
-                    return line_end + 1
             at = line_end + 1
         return at
 
-    def _check_part(self, octet: int) -> None:
-        """Refuse the beginning of a line that can have no good end, so that nobody waits for it."""
-        part = self.line
+    def _hold(self, part: Octets, octet: int) -> None:
+        """Keep the beginning of a line. Refuse one that can have no good end: nobody shall wait for it, and a peer that ends lines in other ways
+        shall not get it."""
+        if PART_OF_LINE.fullmatch(part) is None or self.line[-1:] == b"\r":
+            raise MalformedMessage("a control character in chunked framing", octet, part)
+        line = self.line
+        line += part
         if self.state == _SIZE:
-            body = part[:-1] if part[-1:] == b"\r" else part
-            if len(part) > MAX_CHUNK_LINE or b"\r" in body or not all(c in b"0123456789abcdefABCDEF" for c in body.split(b";", 1)[0]):
-                raise MalformedMessage("not a chunk size", octet, part)
+            if len(line) > MAX_CHUNK_LINE or PART_OF_CHUNK_LINE.fullmatch(line) is None:
+                raise MalformedMessage("not a chunk size", octet, line)
         elif self.state == _DATA_END:
-            if part != b"\r":
-                raise MalformedMessage("a chunk longer than its size", octet, part)
-        elif self.trailer_size + len(part) > self.max_trailer_size:
+            if line != b"\r":
+                raise MalformedMessage("a chunk longer than its size", octet, line)
+        elif self.trailer_size + len(line) > self.max_trailer_size:
             raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
 
     def _take_trailer_line(self, line: bytes, octet: int) -> None:
@@ -220,9 +264,7 @@ class ChunkedFraming:
             raise MalformedMessage(f"more than {MAX_FIELDS} trailer fields", octet, status=431, bound="max_fields")
         if FIELD_LINES.fullmatch(line) is None:
             raise MalformedMessage("a trailer field that is no field", octet, line)
-        # A recipient that merges trailers into the header section must not find another framing or host there
-        # (RFC 9110 §6.5.1).
-        if line.split(b":", 1)[0].lower() in (b"content-length", b"transfer-encoding", b"host", b"connection"):
+        if line.split(b":", 1)[0].lower() in _NEVER_IN_TRAILERS:
             raise MalformedMessage("a trailer field that may only stand in a head", octet, line)
 
     def opaque(self) -> int:

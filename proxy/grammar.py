@@ -9,8 +9,9 @@ import re
 # token, RFC 9110 §5.6.2
 TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
 
-# RFC 9112 §3. The target is kept as octets; whitespace and anything outside visible ASCII in it has been the way to make
-# two parsers see two requests. The version is checked apart, so that a well formed one we do not speak gets a 505.
+# RFC 9112 §3. The target is kept as octets; whitespace and anything outside visible ASCII in it has been the way to
+# make two parsers see two requests. The version is checked apart, so that a well formed one we do not speak gets a
+# 505.
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ([\x21-\x7e]++) HTTP/([0-9])\.([0-9])")
 
 # RFC 9112 §4. The space before an empty reason phrase is required there; enough servers leave it out, and nothing hangs
@@ -18,34 +19,44 @@ REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ([\x21-\x7e]++) HTT
 STATUS_LINE = re.compile(rb"HTTP/([0-9])\.([0-9]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*+))?")
 
 # field-line CRLF, RFC 9112 §5: no space before the colon, no line folding, no control characters. Octets of 0x80 and
-# above are obs-text and pass. Whitespace around the value is left in the second group: what is relayed keeps its octets.
+# above are obs-text and pass. Whitespace around the value is left in the second group: what is relayed keeps its
+# octets.
 FIELD_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):([\t\x20-\x7e\x80-\xff]*+)\r\n")
 FIELD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
 
-# uri-host [ ":" port ], RFC 9110 §7.2. An empty one is allowed there. "@" and "/" are not part of it: they have been used to
-# make Host and target disagree.
-HOST = re.compile(rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*+|\[[0-9A-Fa-f:.]++\]|\[v[0-9A-Fa-f]++\.[A-Za-z0-9\-._~!$&'()*+,;=:]++\])(?::[0-9]*+)?")
+# uri-host [ ":" port ], RFC 9110 §7.2. An empty one is allowed there. "@" and "/" are not part of it: they have been
+# used to make Host and target disagree.
+HOST = re.compile(
+    rb"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*+|\[[0-9A-Fa-f:.]++\]|\[v[0-9A-Fa-f]++\.[A-Za-z0-9\-._~!$&'()*+,;=:]++\])(?::[0-9]*+)?"
+)
 
 # http(s) URI in absolute-form, RFC 9112 §3.2.2: the authority, and the rest.
 ABSOLUTE_FORM = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?#]*+)([/?].*+)?")
 
-# 1*DIGIT without a bound in RFC 9110 §8.6. 18 digits are an exabyte, and stay inside a signed 64-bit number of a parser behind us.
+# 1*DIGIT without a bound in RFC 9110 §8.6. 18 digits are an exabyte, and stay inside a signed 64-bit number of a
+# parser behind us.
 CONTENT_LENGTH = re.compile(rb"[0-9]{1,18}")
 
-# chunk-size is 1*HEXDIG (RFC 9112 §7.1) without a bound. We take at most 15 digits: no honest length needs more, and a
-# parser behind us that wraps at 64 bits would see another end of the message than we do. Extensions follow §7.1.1 without
-# the "bad" whitespace, which no sender is allowed to make.
+# chunk-size is 1*HEXDIG (RFC 9112 §7.1) without a bound. We take at most 15 digits: no honest length needs more, and
+# a parser behind us that wraps at 64 bits would see another end of the message than we do. Extensions follow §7.1.1
+# without the "bad" whitespace, which no sender is allowed to make.
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,15}+)"
     rb"(?:;[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-    rb"(?:=(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+\"))?)*+"
+    rb"(?:=(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+    rb"|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+\"))?)*+"
 )
 
 # An X-Request-Id that a client may choose: safe in any log and any field.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}+")
 
-# What must not be in a head, complete or not: found early, so that nobody waits for the end of such a head.
-STRAY_OCTET = re.compile(rb"(?<!\r)\n|\r(?=[^\n])|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# What lines may be made of, as far as it goes: behind its match stands the first control character, or the first CR or LF that is
+# without the other. Searching for that one instead took fifteen times as long.
+CLEAN_OCTETS = re.compile(rb"(?:[\t\x20-\x7e\x80-\xff]++|\r\n)*+")
+
+# The beginning of a line in chunked framing whose LF has not come.
+PART_OF_LINE = re.compile(rb"[\t\x20-\x7e\x80-\xff]*+\r?")
+PART_OF_CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]{1,15}+(?:;[\t\x20-\x7e\x80-\xff]*+)?\r?")
 
 MAX_FIELDS = 256
 MAX_CHUNK_LINE = 4096
@@ -54,12 +65,14 @@ MAX_CHUNK_LINE = 4096
 class MalformedMessage(Exception):
     """Octets that are not an HTTP/1.1 message.
 
-    ``reason`` is a clause that says what is wrong, ``octet`` where, counted from the start of what was parsed, ``excerpt`` the
-    offending octets, cut. ``status`` is what a server answers to a request of this kind; ``bound`` names the bound that was passed,
-    where it was one.
+    ``reason`` is a clause that says what is wrong, ``octet`` where, counted from the start of what was parsed,
+    ``excerpt`` the offending octets, cut. ``status`` is what a server answers to a request of this kind; ``bound``
+    names the bound that was passed, where it was one.
     """
 
-    def __init__(self, reason: str, octet: int, excerpt: bytes = b"", *, status: int = 400, bound: str | None = None) -> None:
+    def __init__(
+        self, reason: str, octet: int, excerpt: bytes | bytearray = b"", *, status: int = 400, bound: str | None = None
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.octet = octet

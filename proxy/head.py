@@ -1,16 +1,19 @@
 """Heads of messages: bytes to ``RequestHead`` and ``ResponseHead``, untouched octets kept.
 
-Decides whether a head is well formed and what it says about framing and the connection, strictly: whatever two parsers might
-read in two ways is refused. Does no input or output and knows no side. What goes on to the other side is decided in ``fields``.
+Decides whether a head is well formed and what it says about framing and the connection, strictly: whatever two
+parsers might read in two ways is refused. Does no input or output and knows no side. What goes on to the other side
+is decided in ``fields``.
 
-A peer repeats its header section from message to message, so a ``HeaderSection`` is parsed once and kept for as long as the same octets
-come again (``SectionMemory``, one for each connection and direction); it also carries what ``fields`` made of it.
+A peer repeats its header section from message to message, so a ``HeaderSection`` is parsed once and kept for as long
+as the same octets come again (``SectionMemory``, one for each connection and direction); it also carries what
+``fields`` made of it.
 """
 
 import dataclasses
 
 from .grammar import (
     ABSOLUTE_FORM,
+    CLEAN_OCTETS,
     CONTENT_LENGTH,
     FIELD_LINE,
     FIELD_LINES,
@@ -18,7 +21,6 @@ from .grammar import (
     MAX_FIELDS,
     REQUEST_LINE,
     STATUS_LINE,
-    STRAY_OCTET,
     TOKEN,
     MalformedMessage,
 )
@@ -50,8 +52,8 @@ _NEVER_HOP_BY_HOP = frozenset((b"content-length", b"host"))
 class HeaderSection:
     """The fields of one message, and what they say about framing and the connection.
 
-    ``fields`` holds (name, raw value) as received, in order; ``known`` the trimmed values of the fields this proxy reads, by lowercase name.
-    ``prepared`` belongs to ``fields``: the section as it goes to the other side.
+    ``fields`` holds (name, raw value) as received, in order; ``known`` the trimmed values of the fields this proxy
+    reads, by lowercase name. ``prepared`` belongs to ``fields``: the section as it goes to the other side.
     """
 
     __slots__ = ("chunked", "content_length", "fields", "known", "options", "prepared")
@@ -77,7 +79,9 @@ class HeaderSection:
         self.chunked = False
         if b"transfer-encoding" in known:
             if self.content_length is not None:
-                raise MalformedMessage("both Transfer-Encoding and Content-Length", 0, b", ".join(known[b"transfer-encoding"]))
+                raise MalformedMessage(
+                    "both Transfer-Encoding and Content-Length", 0, b", ".join(known[b"transfer-encoding"])
+                )
             self.chunked = _chunked(known[b"transfer-encoding"])
         self.prepared: object = None
 
@@ -187,17 +191,24 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     return ResponseHead(int(status), reason or b"", minor, section, len(octets))
 
 
-def check_partial_head(octets: bytes) -> None:
+def check_partial_head(octets: bytes, start: int = 0) -> None:
     """Find what is wrong with the beginning of a head whose end has not come, so that nobody waits for it.
 
+    ``start`` says how many octets have been checked before: a head that comes octet by octet would take quadratic time without it.
     Raises: MalformedMessage.
     """
     if octets[:1] == b"\x16":
         raise MalformedMessage("this looks like a TLS handshake, but plain HTTP is spoken here", 0, octets[:8])
-    stray = STRAY_OCTET.search(octets)
-    if stray is not None:
-        at = stray.start()
+    at = _find_stray(octets, start - 1 if start and octets[start - 1] == 0x0D else start)
+    if at is not None:
         raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 16) : at + 16])
+
+
+def _find_stray(octets: bytes, start: int = 0) -> int | None:
+    """Returns: where the first octet is that can't be in a head, complete or not; a CR at the end may still get its LF."""
+    match = CLEAN_OCTETS.match(octets, start)
+    at = start if match is None else match.end()
+    return None if at == len(octets) or octets[at:] == b"\r" else at
 
 
 def _name_stray(octet: int) -> str:
@@ -225,6 +236,8 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
         return MalformedMessage("a request line without an HTTP version", len(line), line[-32:])
     if len(parts) > 3:
         return MalformedMessage("more than two spaces in the request line", len(parts[0]), line)
+    if not parts[1]:
+        return MalformedMessage("two spaces in a row in the request line", len(parts[0]), line)
     if REQUEST_LINE.fullmatch(b"GET / " + parts[2]) is None:
         return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), parts[2])
     return MalformedMessage("octets outside visible ASCII in the request target", len(parts[0]) + 1, parts[1])
@@ -236,13 +249,13 @@ def _explain_section(octets: bytes) -> MalformedMessage:
     at = match.end() if match else 0
     rest = octets[at:]
     line = rest.split(b"\r\n", 1)[0]
-    stray = STRAY_OCTET.search(line)
+    stray = _find_stray(line)
     name, colon, _ = line.partition(b":")
     if rest[:1] in (b" ", b"\t"):
         reason = "a field line that begins with whitespace (obsolete line folding)"
     elif stray is not None:
-        at += stray.start()
-        reason = _name_stray(line[stray.start()]) + " in a field line"
+        at += stray
+        reason = _name_stray(line[stray]) + " in a field line"
     elif not colon:
         reason = "a field line without a colon"
     elif not name:
@@ -266,13 +279,15 @@ def _connection_options(values: list[bytes]) -> frozenset[bytes]:
             raise MalformedMessage("a Connection option that is no token", 0, option)
     forbidden = options & _NEVER_HOP_BY_HOP
     if forbidden:
-        raise MalformedMessage("a Connection option that names a field meant for all recipients", 0, b", ".join(sorted(forbidden)))
+        raise MalformedMessage(
+            "a Connection option that names a field meant for all recipients", 0, b", ".join(sorted(forbidden))
+        )
     return options
 
 
 def _content_length(values: list[bytes]) -> int:
-    # RFC 9112 §6.3 lets equal lengths pass as one. We relay fields as they came, and would have to trust everyone behind us to
-    # do the same; senders that repeat it are broken or worse.
+    # RFC 9112 §6.3 lets equal lengths pass as one. We relay fields as they came, and would have to trust everyone
+    # behind us to do the same; senders that repeat it are broken or worse.
     if len(values) > 1:
         raise MalformedMessage("more than one Content-Length", 0, b", ".join(values))
     if CONTENT_LENGTH.fullmatch(values[0]) is None:
@@ -281,27 +296,32 @@ def _content_length(values: list[bytes]) -> int:
 
 
 def _chunked(values: list[bytes]) -> bool:
-    """True, since all but a single ``chunked`` is refused: RFC 9112 §6.1 knows no other coding that one recipient must share with another."""
-    elements = _elements(values)
-    joined = b", ".join(values)
-    lower = [element.lower() for element in elements]
-    if lower == [b"chunked"]:
+    """True, since all but a single ``chunked`` is refused: RFC 9112 §6.1 knows no other coding that every recipient must have.
+
+    The list rule would allow ``chunked,`` and an empty second field too (RFC 9110 §5.6.1). Fields are relayed as they came, and half of the parsers
+    behind us read neither as ``chunked``: some answer 501, some take the coding as unknown, and then the body has no end they could agree on.
+    """
+    if len(values) == 1 and values[0].lower() == b"chunked":
         return True
-    if not elements:
-        raise MalformedMessage("an empty Transfer-Encoding", 0, joined)
-    if lower.count(b"chunked") > 1:
+    joined = b", ".join(values)
+    elements = [part.strip(b" \t").lower() for value in values for part in value.split(b",")]
+    if b"" in elements:
+        raise MalformedMessage("a Transfer-Encoding with an empty element", 0, joined)
+    if elements.count(b"chunked") > 1:
         raise MalformedMessage("the chunked coding applied twice", 0, joined)
-    if b"chunked" in lower[:-1]:
+    if b"chunked" in elements[:-1]:
         raise MalformedMessage("a transfer coding after chunked", 0, joined)
-    for element in lower:
+    for element in elements:
         name = element.split(b";", 1)[0].strip(b" \t")
-        if TOKEN.fullmatch(name) is None or name == b"chunked" and element != b"chunked":
+        if TOKEN.fullmatch(name) is None or (name == b"chunked" and element != b"chunked"):
             raise MalformedMessage("a Transfer-Encoding that is no list of codings", 0, joined)
     raise MalformedMessage("an unknown transfer coding", 0, joined, status=501)
 
 
 def _check_target(method: bytes, target: bytes, host: bytes | None) -> None:
-    """Refuse a target that is in none of the forms of RFC 9112 §3.2, or that speaks of another host than ``Host`` does."""
+    """Refuse a target that is in none of the forms of RFC 9112 §3.2, or that speaks of another host than ``Host``
+    does.
+    """
     at = len(method) + 1
     if b"#" in target:
         raise MalformedMessage("a fragment in the request target", at + target.index(b"#"), target)
@@ -312,8 +332,8 @@ def _check_target(method: bytes, target: bytes, host: bytes | None) -> None:
     match = ABSOLUTE_FORM.fullmatch(target)
     if match is None:
         raise MalformedMessage("a request target that is neither a path nor an absolute URI", at, target)
-    # RFC 9112 §3.2.2 lets the target win over Host. Both are relayed as they came, so where they differ it would be left to chance
-    # which of them the upstream serves.
+    # RFC 9112 §3.2.2 lets the target win over Host. Both are relayed as they came, so where they differ it would be
+    # left to chance which of them the upstream serves.
     authority: bytes = match.group(1)
     if not authority or HOST.fullmatch(authority) is None:
         raise MalformedMessage("an absolute request target without a valid host", at, target)

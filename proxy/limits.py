@@ -1,7 +1,7 @@
 """Limits with the place where each was set, and the watch that says which of them runs out first.
 
-A limit is a number that knows its name and its source, so that a record can say which forgotten setting ended a request.
-Time is always passed in: no clock is read here.
+A limit is a number that knows its name and its source, so that a record can say which forgotten setting ended a
+request. Time is always passed in: no clock is read here.
 """
 
 import dataclasses
@@ -49,8 +49,9 @@ def spell_source(source: str) -> str:
 class Watch:
     """Joins the timeout and the deadline of one direction of one socket.
 
-    The timeout counts only between ``wait`` and ``rest``, that is while the loop polls for that event: under back-pressure
-    the proxy stops asking the fast side, whose clock must not run on. A deadline runs from ``start`` whatever happens.
+    The timeout counts only between ``wait`` and ``rest``, that is while the loop polls for that event: under
+    back-pressure the proxy stops asking the fast side, whose clock must not run on. A deadline runs from ``start``
+    whatever happens.
     """
 
     __slots__ = ("deadline", "deadline_from", "stalled_from", "timeout")
@@ -93,7 +94,11 @@ class Watch:
     def expired(self, now: float) -> tuple[Limit, float] | None:
         """Returns: the limit that ran out first and the seconds it ran for; the timeout on a tie, as it says more."""
         over: tuple[float, Limit, float] | None = None
-        if self.timeout is not None and self.stalled_from is not None and now >= self.stalled_from + self.timeout.seconds:
+        if (
+            self.timeout is not None
+            and self.stalled_from is not None
+            and now >= self.stalled_from + self.timeout.seconds
+        ):
             over = (self.stalled_from + self.timeout.seconds, self.timeout, now - self.stalled_from)
         if self.deadline is not None and self.deadline_from is not None:
             deadline_at = self.deadline_from + self.deadline.seconds

@@ -1,7 +1,8 @@
 """One JSON line for each event, whole or not at all, to a file or to stderr.
 
-A line is one ``write``. Where the file can't be written, the loss is counted and the line goes to stderr; a transfer never waits for its
-log for longer than a moment, and never fails because of it. The file is opened anew on request, for log rotation.
+A line is one ``write``. Where the file can't be written, the loss is counted and the line goes to stderr; a transfer
+never waits for its log for longer than a moment, and never fails because of it. The file is opened anew on request,
+for log rotation.
 """
 
 import fcntl
@@ -22,7 +23,7 @@ try:
 except ModuleNotFoundError:  # python-json-logger before 3.1, as in Debian 12
     import pythonjsonlogger.jsonlogger
 
-    _BaseFormatter = pythonjsonlogger.jsonlogger.JsonFormatter
+    _BaseFormatter = pythonjsonlogger.jsonlogger.JsonFormatter  # type: ignore[attr-defined,unused-ignore]  # as the release has it
 
 SCHEMA_VERSION = 1
 MAX_LINE = 32 * 1024
@@ -46,9 +47,11 @@ def timestamp() -> str:
 
 
 class RecordFormatter(_BaseFormatter):  # type: ignore[misc]  # the class has two homes, and types in one of them only
-    """python-json-logger's formatter for both ways into the log: ``logging`` records of libraries, and the proxy's own events.
+    """python-json-logger's formatter for both ways into the log: ``logging`` records of libraries, and the proxy's
+    own events.
 
-    The proxy's own do not pass through ``LogRecord`` and the merging of extra fields, which cost more than relaying a small request.
+    The proxy's own do not pass through ``LogRecord`` and the merging of extra fields, which cost more than relaying a
+    small request.
     """
 
     def __init__(self) -> None:
@@ -64,7 +67,9 @@ class RecordFormatter(_BaseFormatter):  # type: ignore[misc]  # the class has tw
         )
 
     def line(self, level: str, event: str, fields: dict[str, object]) -> str:
-        """Returns: the JSON line of an event, with its newline, at most ``MAX_LINE`` octets: the longest strings are cut if need be."""
+        """Returns: the JSON line of an event, with its newline, at most ``MAX_LINE`` octets: the longest strings are
+        cut if need be.
+        """
         full = {"time": timestamp(), "level": level, "event": event, "schema_version": SCHEMA_VERSION, **fields}
         text: str = self._encode(full)
         room = MAX_LINE // 2
@@ -93,8 +98,9 @@ def _cut_strings(value: object, room: int) -> object:
 class LineFile:
     """An open file descriptor that takes whole lines.
 
-    A regular file takes each in one appending write. For a pipe, a socket or a terminal, ``lock_fd`` (a file all workers share) keeps a line
-    larger than the kernel's atomic size together, and a reader that has stopped costs a line, not a transfer.
+    A regular file takes each in one appending write. For a pipe, a socket or a terminal, ``lock_fd`` (a file all
+    workers share) keeps a line larger than the kernel's atomic size together, and a reader that has stopped costs a
+    line, not a transfer.
     """
 
     def __init__(self, fd: int, lock_fd: int | None) -> None:
@@ -107,8 +113,8 @@ class LineFile:
             self.fd = self._private_description(fd)
 
     def _private_description(self, fd: int) -> int:
-        # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A socket can't be opened
-        # that way and stays as it is: journald reads its sockets.
+        # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
+        # socket can't be opened that way and stays as it is: journald reads its sockets.
         try:
             return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -178,11 +184,6 @@ class EventLog:
 
     def _open(self) -> int:
         return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-
-    @staticmethod
-    def timestamp() -> str:
-        """Returns: now, as it stands in every line."""
-        return timestamp()
 
     def enabled(self, level: str) -> bool:
         """Whether events of that level are written."""

@@ -1,8 +1,9 @@
 """What is known of one request, and the one terminal event it ends in, whatever happens.
 
-``Record`` is a context manager around everything that is done for a request. It sees every exception: an ``Abort`` as it is, anything else as a bug of the
-proxy's own (``cause: internal``). It decides which of the three events is written, writes it once, and counts it. How the client is answered is
-decided by its owner, through ``settle``, in between.
+``Record`` is a context manager around everything that is done for a request. It sees every exception: an ``Abort`` as
+it is, anything else as a bug of the proxy's own (``cause: internal``). It decides which of the three events is
+written, writes it once, and counts it. How the client is answered is decided by its owner, through ``settle``, in
+between.
 """
 
 import collections.abc
@@ -15,11 +16,12 @@ import threading
 import time
 import traceback
 import types
+import typing
 
 from .aborts import Abort
 from .head import RequestHead
 from .limits import Bound, Limit
-from .log import EventLog
+from .log import EventLog, timestamp
 from .relay import Relay
 from .vocabulary import Cause, Operation, Phase, Side
 
@@ -30,6 +32,8 @@ _SECRET_FIELDS = re.compile(
     re.IGNORECASE,
 )
 _quote = json.encoder.encode_basestring_ascii
+# A longer target goes the general way, where what is too long for a line is cut.
+_LONG_TARGET = 4096
 
 
 def printable(octets: bytes) -> str:
@@ -53,7 +57,9 @@ class Tally:
     def __init__(self, cells: memoryview) -> None:
         """``cells`` are ``len(NAMES)`` unsigned 64-bit numbers in memory that may be shared between processes."""
         self._cells = cells
-        self._lock = threading.Lock()  # guards _cells against the other threads of this process, the only one that writes them
+        self._lock = (
+            threading.Lock()
+        )  # guards _cells against the other threads of this process, the only one that writes them
 
     def add(self, index: int, count: int = 1) -> None:
         """Add to the count of ``NAMES[index]``."""
@@ -74,26 +80,38 @@ BEGUN, COMPLETE, REJECT, ABORT, CONNECTIONS, LOST_LINES = range(6)
 _EVENT_INDEX = {"request.complete": COMPLETE, "request.reject": REJECT, "request.abort": ABORT}
 
 
+class ConnectionNotes:
+    """What all records of a client connection say alike."""
+
+    __slots__ = ("client", "client_text", "connection_id", "fields_text", "pid")
+
+    def __init__(self, connection_id: str, client: str, pid: int) -> None:
+        self.connection_id = connection_id
+        self.client = client
+        self.pid = pid
+        # Ready for a line of JSON, as they are in every one.
+        self.client_text = _quote(client)[1:-1]
+        self.fields_text = f'"connection_id":"{connection_id}","pid":{pid},"client":{_quote(client)}'
+
+
 class Record:
-    """One request from its first byte to its event. Used by the thread that holds the connection; others may read it."""
+    """One request from its first byte to its event. Used by the thread of the connection; others may read it."""
 
     __slots__ = (
         "_log",
         "_settle",
         "_tally",
         "abort",
+        "about",
         "answered",
         "answered_bytes",
         "attempts",
-        "client",
         "client_evidence",
         "connected_at",
-        "connection_id",
         "first_at",
         "head",
         "head_at",
         "head_read",
-        "pid",
         "relay",
         "request_id",
         "request_line",
@@ -107,23 +125,19 @@ class Record:
         tally: Tally,
         settle: collections.abc.Callable[["Record", Abort | None], Abort | None],
         request_id: str,
-        connection_id: str,
-        client: str,
-        pid: int,
+        about: ConnectionNotes,
         first_at: float,
     ) -> None:
         """A request has begun: its first byte came at ``first_at``.
 
-        ``settle`` is called once at the end: it reads the evidence, answers the client, and returns the abort if there is one, since the end of a
-        response can still fail.
+        ``settle`` is called once at the end: it reads the evidence, answers the client, and returns the abort if
+        there is one, since the end of a response can still fail.
         """
         self._log = log
         self._tally = tally
         self._settle = settle
         self.request_id = request_id
-        self.connection_id = connection_id
-        self.client = client
-        self.pid = pid
+        self.about = about
         self.first_at = first_at
         self.head: RequestHead | None = None
         self.request_line: tuple[bytes, bytes] | None = None  # method and target, where the head was refused
@@ -175,9 +189,9 @@ class Record:
                 event,
                 message=f"the record of this request could not be made: {bug!r}",
                 request_id=self.request_id,
-                connection_id=self.connection_id,
-                pid=self.pid,
-                client=self.client,
+                connection_id=self.about.connection_id,
+                pid=self.about.pid,
+                client=self.about.client,
                 side="proxy",
                 cause="internal",
                 exception=describe_exception(bug),
@@ -189,7 +203,7 @@ class Record:
         phase = self.relay.phase_of(Side.PROXY, Operation.READ) if self.relay is not None else Phase.REQUEST_HEAD
         return Abort(Side.PROXY, phase, None, cause, original=error)
 
-    # -- what the event says ----------------------------------------------------------------------------------------------
+    # -- what the event says -----------------------------------------------------------------------
 
     def method_and_target(self) -> tuple[str | None, str | None]:
         """Returns: both as they are logged, None where the head never told."""
@@ -225,43 +239,51 @@ class Record:
         if self.answered is not None:
             return self.answered
         relay = self.relay
-        return relay.response_head.status if relay is not None and relay.response_head is not None and relay.head_out else None
+        return (
+            relay.response_head.status
+            if relay is not None and relay.response_head is not None and relay.head_out
+            else None
+        )
 
     def _complete_line(self) -> str:
-        """The line of ``request.complete``, without the general way through dictionaries: it is written for every small request."""
+        """The line of ``request.complete``, without the general way through dictionaries.
+
+        It is written for every small request, and the general way takes three times as long (scripts/bench).
+        """
         relay, head = self.relay, self.head
-        assert relay is not None and head is not None and relay.response_head is not None
+        assert relay is not None
+        assert head is not None
+        response_head = relay.response_head
+        assert response_head is not None
+        if len(head.target) > _LONG_TARGET:
+            return self._log.formatter.line("info", "request.complete", self.fields(None))
         request, response = relay.request, relay.response
-        request_body, response_body = request.relayed_content(), response.relayed_content()
+        response_body = response.relayed_content()
         first_at = self.first_at
         end_at = relay.last_byte_at or time.monotonic()
-        method = printable(head.method)
-        target = printable(mask_secrets(head.target))
-        status = relay.response_head.status
+        duration = f"{end_at - first_at:.6f}"
+        method = head.method.decode("ascii")  # a token: nothing in it needs escaping
+        target = _quote(mask_secrets(head.target).decode("ascii"))
+        status = response_head.status
         expected_request = head.section.content_length
-        expected_response = relay.response_head.section.content_length
-        timing = f'"head":{(self.head_at or first_at) - first_at:.6f}'
-        if self.connected_at is not None:
-            timing += f',"connected":{self.connected_at - first_at:.6f}'
-        if relay.sent_at is not None:
-            timing += f',"request_sent":{relay.sent_at - first_at:.6f}'
-        if relay.first_byte_at is not None:
-            timing += f',"first_byte":{relay.first_byte_at - first_at:.6f}'
-        message = (
-            f"{method} {target} answered {status} in {end_at - first_at:.3f} s: {response_body:,} bytes of content to client {self.client}"
-        )
+        expected_response = response_head.section.content_length
+        connected_at, sent_at, first_byte_at = self.connected_at, relay.sent_at, relay.first_byte_at
         return (
-            f'{{"time":"{self._log.timestamp()}","level":"info","event":"request.complete","schema_version":1,'
-            f'"message":{_quote(message)},"request_id":"{self.request_id}","connection_id":"{self.connection_id}","pid":{self.pid},'
-            f'"client":{_quote(self.client)},"upstream":{_quote(self.upstream) if self.upstream is not None else "null"},'
-            f'"method":{_quote(method)},"target":{_quote(target)},"status":{status},'
+            f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":1,'
+            f'"message":"{method} {target[1:-1]} answered {status} in {duration} s: {response_body:,} bytes of content'
+            f' to client {self.about.client_text}","request_id":"{self.request_id}",{self.about.fields_text},'
+            f'"upstream":{_quote(self.upstream) if self.upstream is not None else "null"},'
+            f'"method":"{method}","target":{target},"status":{status},'
             f'"bytes":{{"client_read":{self.head_read + request.read},"client_written":{response.written},'
             f'"upstream_read":{response.read},"upstream_written":{request.written},'
-            f'"request_body":{request_body},"response_body":{response_body}}},'
+            f'"request_body":{request.relayed_content()},"response_body":{response_body}}},'
             f'"expected":{{"request_body":{"null" if expected_request is None else expected_request},'
             f'"response_body":{"null" if expected_response is None else expected_response}}},'
-            f'"duration_s":{end_at - first_at:.6f},"timing_s":{{{timing},"last_byte":{end_at - first_at:.6f}}}'
-            f"{self._attempts_json()}}}\n"
+            f'"duration_s":{duration},"timing_s":{{"head":{(self.head_at or first_at) - first_at:.6f}'
+            + (f',"connected":{connected_at - first_at:.6f}' if connected_at is not None else "")
+            + (f',"request_sent":{sent_at - first_at:.6f}' if sent_at is not None else "")
+            + (f',"first_byte":{first_byte_at - first_at:.6f}' if first_byte_at is not None else "")
+            + f',"last_byte":{duration}}}{self._attempts_json()}}}\n'
         )
 
     def _attempts_json(self) -> str:
@@ -282,16 +304,20 @@ class Record:
         if relay is not None:
             if relay.response_head is not None:
                 expected["response_body"] = relay.response_head.section.content_length
-            moments += [("request_sent", relay.sent_at), ("first_byte", relay.first_byte_at), ("last_byte", relay.last_byte_at)]
+            moments += [
+                ("request_sent", relay.sent_at),
+                ("first_byte", relay.first_byte_at),
+                ("last_byte", relay.last_byte_at),
+            ]
         for name, at in moments:
             if at is not None:
                 timing[name] = round(at - first_at, 6)
         fields: dict[str, object] = {
             "message": "",
             "request_id": self.request_id,
-            "connection_id": self.connection_id,
-            "pid": self.pid,
-            "client": self.client,
+            "connection_id": self.about.connection_id,
+            "pid": self.about.pid,
+            "client": self.about.client,
             "upstream": self.upstream,
             "method": method,
             "target": target,
@@ -306,6 +332,11 @@ class Record:
         if abort is not None:
             fields |= self._abort_fields(abort, now)
             fields["message"] = self.sentence(abort, now)
+        elif relay is not None and relay.response_head is not None:
+            content = relay.response.relayed_content()
+            what = f"{method} {target}"[:300]
+            client = self.about.client
+            fields["message"] = f"{what} answered {self.status()}: {content:,} bytes of content to client {client}"
         return fields
 
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
@@ -355,38 +386,44 @@ class Record:
             what = what[:300] + "..."
         duration_s = now - self.first_at
         counts = self.bytes()
-        client, upstream = f"client {self.client}", f"upstream {self.upstream or 'not reached'}"
+        client, upstream = f"client {self.about.client}", f"upstream {self.upstream or 'not reached'}"
         who = {Side.CLIENT: client, Side.UPSTREAM: upstream, Side.PROXY: "the proxy"}[abort.side]
         detail = f" ({abort.detail})" if abort.detail else ""
         limit = f"{abort.limit}" if abort.limit is not None else "a limit"
+        why = _error_text(abort.original)
+        where = _PHASE_WORDS[abort.phase]
+        ended = f"ended {what} after {duration_s:.1f} s"
         match abort.cause:
             case Cause.TIMEOUT | Cause.DEADLINE:
-                begin = f"{limit} ended {what} after {duration_s:.1f} s"
+                begin = f"{limit} {ended}"
             case Cause.LIMIT:
-                begin = f"{limit} ended {what} after {duration_s:.1f} s{detail}"
+                begin = f"{limit} {ended}{detail}"
             case Cause.DEAD_PEER:
-                begin = f"{who} answered nothing any more (dead peer{', ' + limit if abort.limit is not None else ''}), which ended {what} after {duration_s:.1f} s"
+                by = f" for longer than {limit}" if abort.limit is not None else ""
+                begin = f"{who} has answered nothing at all{by} (dead peer), which {ended}"
             case Cause.CLOSED:
-                begin = f"{who} closed the connection {_PHASE_WORDS[abort.phase]} and ended {what} after {duration_s:.1f} s{detail}"
+                begin = f"{who} closed the connection {where} and {ended}{detail}"
             case Cause.RESET:
-                begin = f"{who} reset the connection {_PHASE_WORDS[abort.phase]} and ended {what} after {duration_s:.1f} s{detail}"
+                begin = f"{who} reset the connection {where} and {ended}{detail}"
             case Cause.REFUSED | Cause.UNREACHABLE | Cause.DNS:
-                begin = f"{upstream} could not be reached ({abort.cause}: {_error_text(abort.original)}), which ended {what} after {duration_s:.1f} s"
+                begin = f"{who} could not be reached ({abort.cause}: {why}), which {ended}"
             case Cause.TLS:
-                begin = f"TLS with {who} failed {_PHASE_WORDS[abort.phase]} ({_error_text(abort.original)}), which ended {what} after {duration_s:.1f} s"
+                begin = f"TLS with {who} failed {where} ({why}), which {ended}"
             case Cause.PROTOCOL:
                 kind = "response" if abort.side is Side.UPSTREAM else "request"
-                begin = f"{who} sent a {kind} that is not valid HTTP/1.1: {abort.detail or _error_text(abort.original)}"
+                begin = f"{who} sent a {kind} that is not valid HTTP/1.1: {abort.detail or why}"
             case Cause.FORBIDDEN | Cause.UNAUTHORIZED:
                 begin = f"{what} of {client} was refused{detail}"
             case Cause.RESOURCE:
-                begin = f"the proxy ran out of a resource ({_error_text(abort.original)}), which ended {what} after {duration_s:.1f} s{detail}"
+                begin = f"the proxy ran out of a resource ({why}), which {ended}{detail}"
             case Cause.KILLED:
-                begin = f"{what} was ended through the admin listener after {duration_s:.1f} s"
+                begin = f"an order through the admin listener {ended}"
             case Cause.SHUTDOWN:
-                begin = f"the proxy was told to stop and ended {what} after {duration_s:.1f} s"
+                begin = f"the proxy was told to stop and {ended}"
             case Cause.INTERNAL:
-                begin = f"a bug in the proxy ended {what} after {duration_s:.1f} s ({_error_text(abort.original)})"
+                begin = f"a bug in the proxy {ended} ({why})"
+            case _:
+                typing.assert_never(abort.cause)
         if abort.reject:
             return f"{begin}; nothing of it went upstream"
         return f"{begin}: {self._progress(abort, counts, client, upstream)}"
@@ -398,16 +435,16 @@ class Record:
         if relay is None or relay.upstream is None:
             return f"nothing of it had reached upstream; {client}"
         if abort.phase is Phase.TUNNEL:
-            return (
-                f"{counts['request_body']:,} bytes had passed from {client} to {upstream}, {counts['response_body']:,} bytes back"
-            )
+            there, back = counts["request_body"], counts["response_body"]
+            return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"
         if abort.phase is Phase.REQUEST_BODY:
             length = self.head.section.content_length if self.head is not None else None
             of = f" of {length:,}" if length is not None else ""
             return f"{counts['request_body']:,}{of} bytes of the request body had reached {upstream} from {client}"
         if not relay.head_out:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
-            return f"{waiting} and no response had reached {client}, {upstream} had answered {counts['upstream_read']:,} bytes"
+            answered = counts["upstream_read"]
+            return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
         doing = f", {upstream} was still sending" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""

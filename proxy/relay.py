@@ -1,8 +1,10 @@
-"""One loop for everything between the request head and the end of the response: upload, early answer, download, tunnel.
+"""One loop for everything between the request head and the end of the response: upload, early answer, download,
+tunnel.
 
-Two flows, client to upstream and back, each with its framing, its counters and at most one buffer of octets on the way. The loop polls a
-source only while its flow holds nothing, and a sink only while it does: that is the back-pressure, and what the limits go by. Raises an ``Abort`` where
-it sees the fact; answers, logs and closes nothing.
+Two flows, client to upstream and back, each with its framing, its counters and at most one buffer of octets on the
+way. The loop polls a source only while its flow holds nothing, and a sink only while it does: that is the
+back-pressure, and what the limits go by. Raises an ``Abort`` where it sees the fact; answers, logs and closes
+nothing.
 
 Invariant: octets are read from a source only when all read before have been written.
 """
@@ -31,7 +33,8 @@ _BULK_BUFFER = 256 * 1024
 # Below this, two system calls through a pipe cost more than copying (scripts/bench measures both).
 _SPLICE_MIN = 128 * 1024
 _SPLICE_AT_ONCE = 1024 * 1024
-# What a client may send ahead of its turn while its response is awaited under TLS, where poll can't tell a FIN from data.
+# What a client may send ahead of its turn while its response is awaited under TLS, where poll can't tell a FIN from
+# data.
 _MAX_RESIDUE = 64 * 1024
 _FREE_PIPES = 32
 
@@ -166,8 +169,12 @@ class Relay:
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
-        self.broken: Abort | None = None  # why no more of the request can be written; judged when upstream's answer is known
-        self.body_reads = 0  # reads of the request body beyond what came with the head: those octets can't be sent again
+        self.broken: Abort | None = (
+            None  # why no more of the request can be written; judged when upstream's answer is known
+        )
+        self.body_reads = (
+            0  # reads of the request body beyond what came with the head: those octets can't be sent again
+        )
         self._head_from = -1  # what response.written was when the final head was queued
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
@@ -183,7 +190,7 @@ class Relay:
         self.upstream_read_watch: Watch | None = None
         self.tunnel_watch: Watch | None = None
 
-    # -- where the exchange stands ---------------------------------------------------------------------------------------------
+    # -- where the exchange stands -----------------------------------------------------------------
 
     def phase_of(self, side: Side, operation: Operation) -> Phase:
         """Returns: the phase in which a failure of that socket and operation falls."""
@@ -204,7 +211,9 @@ class Relay:
             self.waiter.watches.append(TimedWatch(watch, side, operation))
 
     def attach(self, upstream: AnyEndpoint, memory: SectionMemory, head: bytes, body: bytes, now: float) -> None:
-        """Give the relay its upstream connection, and the octets to begin with: the head, and what has come of the body."""
+        """Give the relay its upstream connection, and the octets to begin with: the head, and what has come of the
+        body.
+        """
         self.upstream = upstream
         self.memory = memory
         waiter = self.waiter
@@ -254,7 +263,7 @@ class Relay:
             return (response.tail or b"").endswith(b"\n")
         return response.framing.between_chunks and response.tail == b"\n\r\n"
 
-    # -- the loop ---------------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Relay until the response is whole, or a tunnel has ended on both sides.
@@ -297,12 +306,15 @@ class Relay:
             if self._flush_tls:
                 # Both; a short loop by polls that return at once is all this costs, and it happens once in a tunnel.
                 self._flush_tls = not (self._flush_endpoint(client) and self._flush_endpoint(upstream))
-            # Upstream first: where both have something to say, an answer that is whole makes the client's end none of our business.
+            # Upstream first: where both have something to say, an answer that is whole makes the client's end none of
+            # our business.
             if upstream_ready or (due_at is not None and upstream.has_unread):
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
-                if not response.pending and not response.finished and (
-                    upstream_ready & (upstream.read_event | HUNG_UP) or upstream.has_unread
+                if (
+                    not response.pending
+                    and not response.finished
+                    and (upstream_ready & (upstream.read_event | HUNG_UP) or upstream.has_unread)
                 ):
                     self._read_upstream(now)
             if client_ready or (due_at is not None and client.has_unread):
@@ -358,10 +370,12 @@ class Relay:
             else:
                 watch.rest()
 
-    # -- client to upstream -----------------------------------------------------------------------------------------------------
+    # -- client to upstream ------------------------------------------------------------------------
 
     def _take_request_octets(self, octets: bytes, held: int = 0) -> None:
-        """Feed what the client sent, and put what belongs to this request on the way; ``held`` octets of head are there already."""
+        """Feed what the client sent, and put what belongs to this request on the way; ``held`` octets of head are
+        there already.
+        """
         request = self.request
         framing = request.framing
         request.mark = framing.mark
@@ -458,10 +472,12 @@ class Relay:
         self._flush_request(now)
 
     def _request_source_ended(self, now: float) -> None:
-        """The client's side has come to its end: a half-close in a tunnel, else the end of a request that is not whole."""
+        """The client's side has come to its end: a half-close in a tunnel, else the end of a request that is not
+        whole.
+        """
         request = self.request
         if self.tunnel:
-            request.framing.complete = True  # type: ignore[misc]  # a ConnectionFraming: NoBody is never read from
+            request.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.client_fin = True
             self._note("client", "fin")
             self._flush_request(now)
@@ -513,7 +529,7 @@ class Relay:
         self.upstream_usable = False
         self._note("upstream", "stopped_reading")
 
-    # -- upstream to client ---------------------------------------------------------------------------------------------------
+    # -- upstream to client ------------------------------------------------------------------------
 
     def _read_upstream(self, now: float) -> None:
         response, upstream = self.response, self.upstream
@@ -547,10 +563,12 @@ class Relay:
             self._flush_response(now)
 
     def _response_source_ended(self, now: float) -> None:
-        """Upstream's side has come to its end: the end of a body framed by it, a half-close in a tunnel, or the end of too little."""
+        """Upstream's side has come to its end: the end of a body framed by it, a half-close in a tunnel, or the end
+        of too little.
+        """
         response = self.response
         if self.response_head is not None and response.framing.ends_with_connection:
-            response.framing.complete = True  # type: ignore[misc]  # a ConnectionFraming: NoBody is never read from
+            response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False
             if self.tunnel:
                 self._note("upstream", "fin")
@@ -563,7 +581,9 @@ class Relay:
             self.phase_of(Side.UPSTREAM, Operation.READ),
             Operation.READ,
             Cause.CLOSED,
-            detail=None if self.response_head is not None or not self.head_octets else "its response head was not whole",
+            detail=None
+            if self.response_head is not None or not self.head_octets
+            else "its response head was not whole",
         )
 
     def _take_head_octets(self, octets: bytes, now: float) -> None:
@@ -630,7 +650,12 @@ class Relay:
         if not prepared.keep_alive:
             self.upstream_usable = False
         # An answer before the request is through: the rest of the request will not be read to its end.
-        if framing.ends_with_connection or response.dechunk or not self.request.framing.complete or self.waiter.control.draining:
+        if (
+            framing.ends_with_connection
+            or response.dechunk
+            or not self.request.framing.complete
+            or self.waiter.control.draining
+        ):
             self.close_client = True
         if self.close_client:
             connection = b"Connection: close\r\n"
@@ -658,7 +683,7 @@ class Relay:
         response.end = response.fed_from = len(octets)
 
     def _take_response_octets(self, octets: bytes, *, appended: bool = False) -> None:
-        """Feed what upstream sent, and put what belongs to this response on the way, behind its head if ``appended``."""
+        """Feed what upstream sent, and put what belongs to this response on the way; ``appended``: behind its head."""
         response = self.response
         framing = response.framing
         if not octets and appended:
@@ -708,7 +733,12 @@ class Relay:
             return
         except OSError as error:
             raise self._abort(client, Operation.WRITE, error) from error
-        if self.response_head is not None and not response.pending and response.framing.complete and not response.finished:
+        if (
+            self.response_head is not None
+            and not response.pending
+            and response.framing.complete
+            and not response.finished
+        ):
             response.finished = True
             self.last_byte_at = time.monotonic()
             self._release_pipe(response)
@@ -719,7 +749,7 @@ class Relay:
                 except OSError as error:
                     raise self._abort(client, Operation.WRITE, error) from error
 
-    # -- both ways ---------------------------------------------------------------------------------------------------------
+    # -- both ways ---------------------------------------------------------------------------------
 
     def _begin_tunnel(self, head: ResponseHead, rest: bytes, now: float, connection: bytes) -> None:
         """From here on octets pass both ways without framing, each direction until its source ends it."""
@@ -761,11 +791,17 @@ class Relay:
         if flow.framing.ends_with_connection and not flow.bulk:
             return False
         source, sink = flow.source, flow.sink
-        assert source is not None and sink is not None
+        assert source is not None
+        assert sink is not None
         if not (source.can_splice and sink.can_splice):
             return False
         bound = self.settings.max_body_size
-        if bound is not None and flow is self.request and not self.tunnel and flow.framing.content + opaque > bound.value:
+        if (
+            bound is not None
+            and flow is self.request
+            and not self.tunnel
+            and flow.framing.content + opaque > bound.value
+        ):
             return False  # a chunk that passes the bound: copied, so that it is noticed where it does
         if flow.pipe is None:
             flow.pipe = self.pipes.take()
@@ -774,7 +810,9 @@ class Relay:
     def _splice(self, flow: Flow, now: float) -> None:
         """Move opaque octets from socket to socket by way of a pipe."""
         source, sink, pipe = flow.source, flow.sink, flow.pipe
-        assert source is not None and sink is not None and pipe is not None
+        assert source is not None
+        assert sink is not None
+        assert pipe is not None
         try:
             count = pipe.fill(source.fd, min(flow.framing.opaque(), _SPLICE_AT_ONCE))
         except BlockingIOError:
@@ -833,7 +871,11 @@ class Relay:
 
     def _abort(self, endpoint: AnyEndpoint, operation: Operation, error: OSError) -> Abort:
         return socket_abort(
-            endpoint.side, self.phase_of(endpoint.side, operation), operation, error, dead_peer_limit(self.settings, endpoint)
+            endpoint.side,
+            self.phase_of(endpoint.side, operation),
+            operation,
+            error,
+            dead_peer_limit(self.settings, endpoint),
         )
 
     def _socket_failed(self, endpoint: AnyEndpoint, operation: Operation) -> Abort:
@@ -849,7 +891,9 @@ class Relay:
 
 
 def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:
-    """Returns: the option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive probes follow."""
+    """Returns: the option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive
+    probes follow.
+    """
     if endpoint.sock.family == socket.AF_UNIX:
         return None
     return settings.tcp_user_timeout or settings.peer_dead_timeout

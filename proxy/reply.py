@@ -1,4 +1,6 @@
-"""Responses the proxy makes itself: status, ``Proxy-Status`` (RFC 9209), request id, and the JSON body the docker CLI prints."""
+"""Responses the proxy makes itself: status, ``Proxy-Status`` (RFC 9209), request id, and the JSON body the docker CLI
+prints.
+"""
 
 import json
 
@@ -23,12 +25,16 @@ REASONS = {
 
 
 def structured_string(text: str) -> str:
-    """Returns: ``text`` as an sf-string of RFC 8941, cut to 512 characters; what is not printable ASCII becomes ``?``."""
+    """Returns: ``text`` as an sf-string of RFC 8941, cut to 512 characters; what is not printable ASCII becomes
+    ``?``.
+    """
     printable = "".join(c if " " <= c <= "~" else "?" for c in text[:512])
     return '"' + printable.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def error_response(abort: Abort, status: int, message: str, proxy_name: str, request_id: str, *, head_only: bool) -> bytes:
+def error_response(
+    abort: Abort, status: int, message: str, proxy_name: str, request_id: str, *, head_only: bool
+) -> bytes:
     """Make a whole response that tells the client why its request failed, and closes the connection.
 
     ``head_only`` leaves the body off, for HEAD. Returns: octets to write.

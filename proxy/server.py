@@ -1,6 +1,8 @@
-"""Accepting client connections: a ``ThreadingHTTPServer`` whose threads wait in ``accept`` themselves and are used again.
+"""Accepting client connections: a ``ThreadingHTTPServer`` whose threads wait in ``accept`` themselves and are used
+again.
 
-Decides which thread serves a connection and how many there may be. What happens on a connection is decided in ``exchange``.
+Decides which thread serves a connection and how many there may be. What happens on a connection is decided in
+``exchange``.
 """
 
 import http.server
@@ -25,8 +27,8 @@ _ACCEPT_PAUSE_S = 0.1
 class ProxyServer(http.server.ThreadingHTTPServer):
     """Serves one listening socket in one process.
 
-    Waiting threads block in ``accept`` (the kernel wakes one for each connection), so that no hand-over between threads is on the way of a
-    request; whoever takes the last waiting place starts another thread first.
+    Waiting threads block in ``accept`` (the kernel wakes one for each connection), so that no hand-over between
+    threads is on the way of a request; whoever takes the last waiting place starts another thread first.
     """
 
     daemon_threads = True
@@ -49,7 +51,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self._stopped = False
         self._complained_at = 0.0
 
-    # -- threads ------------------------------------------------------------------------------------------------------------
+    # -- threads -----------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Start serving; returns at once, as the threads accept by themselves."""
@@ -77,7 +79,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             except OSError as error:
                 if self._stopped:
                     break
-                # EMFILE and its kin pass when others close something; a connection that ended in the queue is no error at all.
+                # EMFILE and its kin pass when others close something; a connection that ended in the queue is no
+                # error at all.
                 if not isinstance(error, ConnectionError):
                     self._complain("a connection could not be accepted", error)
                     time.sleep(_ACCEPT_PAUSE_S)
@@ -120,7 +123,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
         if self.is_unix:
-            path = self.server_address if isinstance(self.server_address, str) else os.fsdecode(typing.cast(bytes, self.server_address))
+            path = (
+                self.server_address
+                if isinstance(self.server_address, str)
+                else os.fsdecode(typing.cast(bytes, self.server_address))
+            )
             name, host = f"unix:{path}", "unknown"
         else:
             host, port = address[0], address[1]
@@ -148,7 +155,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.worker.log.event(
             "warning",
             "connection.abort",
-            message=f"{limit} closed a connection of client {address!r} unread: too many others wait to be told the same",
+            message=f"{limit} closed a connection of client {address!r} unread: too many others wait for their 503",
             client=str(address),
             pid=self.worker.pid,
             side="proxy",
@@ -160,10 +167,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """A bug outside of any request is one ``connection.abort``, with the connection closed."""
         if request is not None:
             request.close()
+        what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
         self.worker.log.event(
             "error",
             "connection.abort",
-            message=f"a bug in the proxy ended a connection: {printable(repr(error).encode('utf-8', 'backslashreplace'))[:500]}",
+            message=f"a bug in the proxy ended a connection: {what}",
             client=str(client_address),
             pid=self.worker.pid,
             side="proxy",
@@ -177,10 +185,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if now - self._complained_at >= 1.0:
             self._complained_at = now
             self.worker.log.event(
-                "error", "server.resource", message=f"{what}: {error}", pid=self.worker.pid, exception=describe_exception(error)
+                "error",
+                "server.resource",
+                message=f"{what}: {error}",
+                pid=self.worker.pid,
+                exception=describe_exception(error),
             )
 
-    # -- the end ------------------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def stop_accepting(self) -> None:
         """Serve what the kernel has queued, then refuse. Connections that are open go on."""

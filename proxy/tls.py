@@ -1,4 +1,6 @@
-"""TLS contexts for both sides. Which protocol versions, certificates and names are accepted is decided here; handshakes run in ``exchange``."""
+"""TLS contexts for both sides. Which protocol versions, certificates and names are accepted is decided here;
+handshakes run in ``exchange``.
+"""
 
 import ssl
 import typing
@@ -11,7 +13,8 @@ from .vocabulary import Side
 
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
-    """Make the context that serves clients: TLS 1.2 and 1.3, ``http/1.1`` only, client certificates where a CA for them is set.
+    """Make the context that serves clients: TLS 1.2 and 1.3, ``http/1.1`` only, client certificates where a CA for
+    them is set.
 
     Returns: None where the listener speaks plain HTTP.
     Raises: ConfigError for files that can't be read or used.
@@ -29,8 +32,10 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 class UpstreamContext(ssl.SSLContext):
-    """The context that urllib3 is given: it makes a ``TlsEndpoint`` in place of an ``SSLSocket`` and leaves the handshake to the relay,
-    whose limits and whose watch over the client cover it. Chain and host name are checked by the handshake itself."""
+    """The context that urllib3 is given: it makes a ``TlsEndpoint`` in place of an ``SSLSocket`` and leaves the
+    handshake to the relay, whose limits and whose watch over the client cover it. Chain and host name are checked by
+    the handshake itself.
+    """
 
     def wrap_socket(self, sock: typing.Any, *args: object, **kwargs: typing.Any) -> typing.Any:
         """Called by urllib3. Returns: an endpoint that has not shaken hands."""
@@ -54,7 +59,9 @@ def upstream_context(settings: Settings) -> UpstreamContext | None:
     else:
         _load_authorities(context, settings, "upstream_ca", settings.upstream_ca or certifi.where())
     if settings.upstream_cert is not None:
-        _load_identity(context, settings, "upstream_cert", settings.upstream_cert, "upstream_key", settings.upstream_key)
+        _load_identity(
+            context, settings, "upstream_cert", settings.upstream_cert, "upstream_key", settings.upstream_key
+        )
     return context
 
 
@@ -69,12 +76,18 @@ def _load_identity(
             _check_readable(where, path)
 
     def no_passphrase() -> str:
-        raise ConfigError(f"{where}: the key is encrypted, and nobody is there to type its passphrase; use an unencrypted key file")
+        raise ConfigError(
+            f"{where}: the key is encrypted, and nobody is there to type its passphrase; use an unencrypted key file"
+        )
 
     try:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as error:
-        hint = "the key does not belong to the certificate" if error.reason == "KEY_VALUES_MISMATCH" else "both must be PEM"
+        hint = (
+            "the key does not belong to the certificate"
+            if error.reason == "KEY_VALUES_MISMATCH"
+            else "both must be PEM"
+        )
         raise ConfigError(f"{where}: can't be used: {error.reason or error}; {hint}") from error
 
 
@@ -92,4 +105,6 @@ def _check_readable(where: str, path: str) -> None:
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
-        raise ConfigError(f"{where}: can't read {path!r}: {error.strerror}; check the path and its permissions") from error
+        raise ConfigError(
+            f"{where}: can't read {path!r}: {error.strerror}; check the path and its permissions"
+        ) from error

@@ -1,8 +1,9 @@
 """Connections to upstream: urllib3 pools, with the waiting done by the proxy.
 
-urllib3 owns pooling, the check for dropped connections, TLS wrapping and certificate checks. The connect itself is made here,
-non-blocking, so that its limit is a limit on the whole and a client that leaves is noticed meanwhile. ``urlopen`` is not used: it costs many times
-a leased socket, drops trailers, can't do 101, and hides which operation failed.
+urllib3 owns pooling, the check for dropped connections, TLS wrapping and certificate checks. The connect itself is
+made here, non-blocking, so that its limit is a limit on the whole and a client that leaves is noticed meanwhile.
+``urlopen`` is not used: it costs many times a leased socket, drops trailers, can't do 101, and hides which operation
+failed.
 """
 
 import collections
@@ -29,7 +30,8 @@ from .vocabulary import Operation, Phase, Side
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
 
-# wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; raises Abort for limits and a client that leaves.
+# wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; raises Abort for limits and a
+# client that leaves.
 ConnectWait = collections.abc.Callable[[int, int, float | None], bool]
 
 
@@ -50,7 +52,9 @@ def upstream_host(url: UpstreamUrl) -> str:
 
 
 class _LeasedConnection:
-    """What both kinds of connection add to urllib3's: a connect under the proxy's limits, and an endpoint for the relay."""
+    """What both kinds of connection add to urllib3's: a connect under the proxy's limits, and an endpoint for the
+    relay.
+    """
 
     # Set by the pool right after construction.
     url: UpstreamUrl
@@ -74,7 +78,9 @@ class _LeasedConnection:
 
     @property
     def is_connected(self) -> bool:
-        """Asked by urllib3 2 before a connection is used again: whether it is open and has nothing to read, with a kept poll object."""
+        """Asked by urllib3 2 before a connection is used again: whether it is open and has nothing to read, with a
+        kept poll object.
+        """
         return self.sock is not None and not self._probe.poll(0)
 
     @property
@@ -83,7 +89,9 @@ class _LeasedConnection:
         return self.sock is not None
 
     def open(self, wait: ConnectWait) -> AnyEndpoint:
-        """Connect, TLS handshake included, and return the endpoint. Raises: Abort with side upstream, or as ``wait`` does."""
+        """Connect, TLS handshake included, and return the endpoint. Raises: Abort with side upstream, or as ``wait``
+        does.
+        """
         self._wait = wait
         self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
         dead = self.settings.peer_dead_timeout
@@ -159,7 +167,7 @@ class _LeasedConnection:
         return sock
 
 
-# -- urllib3's private names; an upgrade breaks here or nowhere. ``_new_conn`` above is one of them. -----------------------------
+# -- urllib3's private names; an upgrade breaks here or nowhere. ``_new_conn`` above is one of them.
 
 
 class PlainConnection(_LeasedConnection, urllib3.connection.HTTPConnection):
@@ -174,9 +182,11 @@ AnyConnection = PlainConnection | TlsConnection
 
 
 class IdleConnections:
-    """The part of ``queue.LifoQueue`` that a pool with ``block=False`` uses, without its locks: a deque's own operations are atomic.
+    """The part of ``queue.LifoQueue`` that a pool with ``block=False`` uses, without its locks: a deque's own
+    operations are atomic.
 
-    A lease and its return cost a fifth of what they cost with the condition variables of a queue that can be waited for.
+    A lease and its return cost a fifth of what they cost with the condition variables of a queue that can be waited
+    for.
     """
 
     def __init__(self, maxsize: int) -> None:
@@ -229,7 +239,9 @@ class _LeasingPool:
             self._put_conn(connection)  # type: ignore[attr-defined]  # urllib3's
 
     def sweep(self) -> None:
-        """Close kept connections that upstream has closed, so that they do not hold descriptors until they are leased."""
+        """Close kept connections that upstream has closed, so that they do not hold descriptors until they are
+        leased.
+        """
         pool = self.pool
         kept = []
         while pool is not None:
@@ -249,14 +261,14 @@ class UpstreamPool(_LeasingPool, urllib3.connectionpool.HTTPConnectionPool):
     """Connections to an ``http://`` or ``unix://`` upstream."""
 
     ConnectionCls = PlainConnection
-    QueueCls = IdleConnections
+    QueueCls = IdleConnections  # type: ignore[assignment]  # it has what a pool with block=False uses
 
 
 class TlsUpstreamPool(_LeasingPool, urllib3.connectionpool.HTTPSConnectionPool):
     """Connections to an ``https://`` upstream."""
 
     ConnectionCls = TlsConnection
-    QueueCls = IdleConnections
+    QueueCls = IdleConnections  # type: ignore[assignment]  # it has what a pool with block=False uses
 
 
 AnyPool = UpstreamPool | TlsUpstreamPool
@@ -273,5 +285,3 @@ def upstream_pool(settings: Settings, context: UpstreamContext | None) -> AnyPoo
     pool.url = url
     pool.settings = settings
     return pool
-
-

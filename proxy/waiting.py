@@ -1,7 +1,8 @@
-"""The one place where a thread waits: ``poll`` on the client, on upstream and on the worker's own wish to end, under all limits that run.
+"""The one place where a thread waits: ``poll`` on the client, on upstream and on the worker's own wish to end, under
+all limits that run.
 
-Decides nothing about what readiness means. Raises an ``Abort`` when a limit runs out, a peer's kernel has fallen silent, or the
-worker ends; so no wait in the proxy is without its limits.
+Decides nothing about what readiness means. Raises an ``Abort`` when a limit runs out, a peer's kernel has fallen
+silent, or the worker ends; so no wait in the proxy is without its limits.
 """
 
 import collections.abc
@@ -25,7 +26,9 @@ _DRAIN_CHECK_S = 0.2
 
 
 class Control:
-    """What a worker tells all its threads: to drain, until when, and to end now. ``wake_fd`` becomes readable when it does."""
+    """What a worker tells all its threads: to drain, until when, and to end now. ``wake_fd`` becomes readable when it
+    does.
+    """
 
     __slots__ = ("drain_until", "draining", "ending", "wake_fd")
 
@@ -103,7 +106,8 @@ class Waiter:
     def idle(self, until: float | None) -> bool:
         """Wait for the first byte of a request.
 
-        Returns: True if the client's socket has something to read (its end included), False if ``until`` passed or the worker drains.
+        Returns: True if the client's socket has something to read (its end included), False if ``until`` passed or
+        the worker drains.
         """
         if self._client_events != READABLE:
             self._modify(self.client.fd, READABLE)
@@ -119,11 +123,13 @@ class Waiter:
             if not ready or self.control.draining or self.killed:
                 return False
 
-    def wait(self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None) -> tuple[int, int, float]:
+    def wait(
+        self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None
+    ) -> tuple[int, int, float]:
         """Wait until a socket is ready, or ``due_at``, whichever comes first.
 
-        Upstream events of 0 leave that socket out altogether: its hang-up is not acted on while its octets wait for the client, and would end
-        every wait at once. The client's failure always ends the wait.
+        Upstream events of 0 leave that socket out altogether: its hang-up is not acted on while its octets wait for
+        the client, and would end every wait at once. The client's failure always ends the wait.
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
@@ -158,7 +164,6 @@ class Waiter:
         if self.killed:
             raise Abort(Side.PROXY, self.phase_of(Side.PROXY, Operation.READ), None, Cause.KILLED)
         return client_ready, upstream_ready, now
-
 
     def _change_upstream(self, fd: int, events: int) -> None:
         if self._upstream_fd >= 0 and (fd != self._upstream_fd or not events):

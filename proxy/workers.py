@@ -1,7 +1,7 @@
 """The processes: one above that listens, watches and speaks to the outside, and workers that share its port.
 
-Workers are told what to do through a pipe each, not by signals: a signal to the whole group (a terminal's Ctrl-C, systemd's stop) then counts once. A worker
-whose pipe ends has lost the process above it, and drains.
+Workers are told what to do through a pipe each, not by signals: a signal to the whole group (a terminal's Ctrl-C,
+systemd's stop) then counts once. A worker whose pipe ends has lost the process above it, and drains.
 """
 
 import errno
@@ -59,7 +59,7 @@ class SharedCounts:
         return self.total(CONNECTIONS)
 
 
-# -- listening --------------------------------------------------------------------------------------------------------------
+# -- listening -------------------------------------------------------------------------------------
 
 
 def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
@@ -76,8 +76,8 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
     except OSError as error:
         where = f"unix:{address.path}" if isinstance(address, UnixAddress) else f"{address.host}:{address.port}"
         hints = {
-            errno.EADDRINUSE: "another process listens there; stop it, or choose another address (port 0 picks a free port)",
-            errno.EACCES: "not allowed; ports below 1024 need root or CAP_NET_BIND_SERVICE, a path needs a writable directory",
+            errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
+            errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory",
             errno.EADDRNOTAVAIL: "this machine has no such address",
             errno.ENOENT: "the directory does not exist",
         }
@@ -108,8 +108,7 @@ def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.so
         listener.bind(where)
         listener.listen(_BACKLOG)
         listeners.append(listener)
-    host = where[0]
-    return listeners, f"[{host}]:{where[1]}" if ":" in host else f"{host}:{where[1]}"
+    return listeners, str(TcpAddress(str(where[0]), int(where[1])))
 
 
 def _listen_unix(address: UnixAddress) -> socket.socket:
@@ -128,14 +127,20 @@ def _listen_unix(address: UnixAddress) -> socket.socket:
     return listener
 
 
-# -- a worker -----------------------------------------------------------------------------------------------------------------
+# -- a worker --------------------------------------------------------------------------------------
 
 
 class WorkerProcess:
     """The life of one worker process: serve, do as it is told, drain."""
 
     def __init__(
-        self, index: int, settings: Settings, log: EventLog, listener: socket.socket, counts: SharedCounts, control_fd: int
+        self,
+        index: int,
+        settings: Settings,
+        log: EventLog,
+        listener: socket.socket,
+        counts: SharedCounts,
+        control_fd: int,
     ) -> None:
         self.index = index
         self.settings = settings
@@ -184,7 +189,8 @@ class WorkerProcess:
             return False
         if not self.server.connection_count():
             return True
-        # Everything in flight ends by itself when its time is up; what does not after that is a bug, and must not hold the process.
+        # Everything in flight ends by itself when its time is up; what does not after that is a bug, and must not
+        # hold the process.
         overdue_at = control.drain_until + _END_GRACE_S
         return time.monotonic() >= overdue_at
 
@@ -216,13 +222,20 @@ class WorkerProcess:
         try:
             self.log.reopen()
         except OSError as error:
-            self.log.event("error", "log.reopen", message=f"{self.log.path} can't be opened, the old file stays in use: {error}", pid=os.getpid())
+            self.log.event(
+                "error",
+                "log.reopen",
+                message=f"{self.log.path} can't be opened, the old file stays in use: {error}",
+                pid=os.getpid(),
+            )
 
     def _reload_certificates(self) -> None:
         try:
             server_tls, upstream_tls = server_context(self.settings), upstream_context(self.settings)
         except ConfigError as error:
-            self.log.event("error", "server.reload", message=f"the old certificates stay in use: {error}", pid=os.getpid())
+            self.log.event(
+                "error", "server.reload", message=f"the old certificates stay in use: {error}", pid=os.getpid()
+            )
             return
         self.worker.server_tls = server_tls
         if upstream_tls is not None:
@@ -241,9 +254,14 @@ class WorkerProcess:
             try:
                 fields = record.fields(None)
                 age_s = time.monotonic() - record.first_at
-                fields["message"] = f"{fields['method']} {fields['target']} of client {record.client} is in flight since {age_s:.1f} s"
+                fields["message"] = (
+                    f"{fields['method']} {fields['target']} of client {record.about.client} runs for {age_s:.1f} s"
+                )
             except Exception as error:  # noqa: BLE001  # another thread changes what is read here; one line less, not a worker less
-                fields = {"message": f"a request in flight changed while it was read: {error!r}", "request_id": record.request_id}
+                fields = {
+                    "message": f"a request in flight changed while it was read: {error!r}",
+                    "request_id": record.request_id,
+                }
             self.log.event("info", "request.inflight", **fields)
         self.log.event(
             "info",
@@ -255,11 +273,13 @@ class WorkerProcess:
         )
 
 
-# -- the process above ----------------------------------------------------------------------------------------------------------
+# -- the process above -----------------------------------------------------------------------------
 
 
 class Supervisor:
-    """Starts the workers, passes on what signals mean, starts a worker again that died, and states the balance at the end."""
+    """Starts the workers, passes on what signals mean, starts a worker again that died, and states the balance at the
+    end.
+    """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
@@ -304,8 +324,8 @@ class Supervisor:
             now = time.monotonic()
             wait_s = min((at - now for at in self.restart_at.values()), default=3600.0)
             if poller.poll(max(0, int(wait_s * 1000) + 1)):
-                for number in os.read(wake_read, 4096):
-                    self._handle(number)
+                for byte in os.read(wake_read, 4096):
+                    self._handle(byte)
             self._reap()
             for index, at in list(self.restart_at.items()):
                 if self.stopping:
@@ -355,10 +375,11 @@ class Supervisor:
             else:
                 self.stopping = True
                 notify_systemd("STOPPING=1")
+                left = f"{self.settings.drain_timeout:g} s"
                 self.log.event(
                     "info",
                     "server.drain",
-                    message=f"{signal.Signals(number).name}: no new connections; requests in flight have {self.settings.drain_timeout:g} s",
+                    message=f"{signal.Signals(number).name}: no new connections; requests in flight have {left}",
                     pid=os.getpid(),
                 )
             self._tell(_END if self.ending else _DRAIN)
@@ -375,7 +396,12 @@ class Supervisor:
         try:
             self.log.reopen()
         except OSError as error:
-            self.log.event("error", "log.reopen", message=f"{self.log.path} can't be opened, the old file stays in use: {error}", pid=os.getpid())
+            self.log.event(
+                "error",
+                "log.reopen",
+                message=f"{self.log.path} can't be opened, the old file stays in use: {error}",
+                pid=os.getpid(),
+            )
 
     def _tell(self, command: bytes) -> None:
         for fd in self.pipes.values():
@@ -402,12 +428,16 @@ class Supervisor:
         counts = cells.counts()
         lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
         cells.set(CONNECTIONS, 0)
-        how = f"by signal {-os.waitstatus_to_exitcode(status)}" if os.WIFSIGNALED(status) else f"with status {os.WEXITSTATUS(status)}"
+        how = (
+            f"by signal {-os.waitstatus_to_exitcode(status)}"
+            if os.WIFSIGNALED(status)
+            else f"with status {os.WEXITSTATUS(status)}"
+        )
         pause_s = _RESTART_PAUSE_S if time.monotonic() - self.started_at[index] < 10 else 0.0
         self.log.event(
             "error",
             "worker.exit",
-            message=f"worker {index} ended {how}; {lost} requests in flight were lost without a record; it is started again",
+            message=f"worker {index} ended {how} and is started again; {lost} requests were lost without a record",
             pid=pid,
             worker=index,
             status=os.waitstatus_to_exitcode(status),
@@ -424,7 +454,8 @@ class Supervisor:
             "info" if balanced else "error",
             "server.stop",
             message=(
-                f"{counts['begun']:,} requests begun = {counts['complete']:,} complete + {counts['reject']:,} rejected + {counts['abort']:,} aborted"
+                f"{counts['begun']:,} requests begun = {counts['complete']:,} complete"
+                f" + {counts['reject']:,} rejected + {counts['abort']:,} aborted"
                 if balanced
                 else f"{counts['begun']:,} requests begun, but only {ended:,} ended in a record"
             ),
@@ -460,16 +491,18 @@ def notify_systemd(state: str) -> None:
 
 
 def serve(settings: Settings) -> int:
-    """Serve until told to stop. Returns: the exit status. Raises: ConfigError for what the environment does not allow."""
+    """Serve until told to stop. Returns: the exit status. Raises: ConfigError for what the environment does not
+    allow.
+    """
     server_context(settings)
     upstream_context(settings)
     try:
         log = EventLog(settings.log_file, settings.log_level)
     except OSError as error:
         raise ConfigError(
-            f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; choose a path that can be written, or - for stderr"
+            f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror};"
+            " choose a path that can be written, or - for stderr"
         ) from error
     raise_file_limit()
     listeners, where = open_listeners(settings)
     return Supervisor(settings, log, listeners, where).run()
-
