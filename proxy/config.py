@@ -254,16 +254,16 @@ OPTIONS: tuple[Option, ...] = (
     ),
     _time_limit("tcp_user_timeout", "none", "the kernel's TCP_USER_TIMEOUT; also ends a reader that is merely paused"),
     _pem_file("tls_cert", "FILE", "serve HTTPS with this certificate chain"),
-    _pem_file("tls_key", "FILE", "its key", "none (the key is in --tls-cert)"),
+    _pem_file("tls_key", "FILE", "its key", "in --tls-cert"),
     _pem_file("tls_client_ca", "FILE", "require a client certificate of this CA"),
     _pem_file(
         "upstream_ca",
         "FILE|system",
         "CAs for the certificate of an https:// upstream, system is the OS store",
-        "none (certifi's bundle)",
+        "certifi's bundle",
     ),
     _pem_file("upstream_cert", "FILE", "client certificate for an https:// upstream"),
-    _pem_file("upstream_key", "FILE", "its key", "none (the key is in --upstream-cert)"),
+    _pem_file("upstream_key", "FILE", "its key", "in --upstream-cert"),
 )
 
 _BY_NAME = {option.name: option for option in OPTIONS}
@@ -380,7 +380,7 @@ def load_settings(arguments: collections.abc.Sequence[str], environ: collections
     return settings
 
 
-# -- where values come from: name -> (text, source) ------------------------------------------------
+# -- where values come from: name -> (text, source) ------------------------------------------------------------------
 
 
 def _read_flags(arguments: collections.abc.Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -506,7 +506,7 @@ def _text_of(option: Option, value: object, source: str) -> str:
         case Kind.LISTEN | Kind.UPSTREAM | Kind.CHOICE | Kind.NAME | Kind.LOG_FILE | Kind.PATH:
             wanted = "a string"
             fits = isinstance(value, str)
-        case _:
+        case _:  # pragma: no cover - the type check proves it unreachable
             typing.assert_never(option.kind)
     if not fits or isinstance(value, bool):
         kind = _TOML_TYPES.get(type(value), "a date or time")
@@ -601,7 +601,7 @@ def _parse_kind(option: Option, text: str, source: str) -> typing.Any:
             return text
         case Kind.PATH:
             return None if text == "none" else text
-        case _:
+        case _:  # pragma: no cover - the type check proves it unreachable
             typing.assert_never(option.kind)
 
 
@@ -632,7 +632,7 @@ def _example(option: Option) -> str:
             return "write a path, or - for stderr"
         case Kind.PATH:
             return "write a path, or none"
-        case _:
+        case _:  # pragma: no cover - the type check proves it unreachable
             typing.assert_never(option.kind)
 
 
@@ -641,7 +641,7 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_SECONDS = re.compile(r"(-?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?(ms|s|m|h)?")
+_SECONDS = re.compile(r"(-?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?: ?(ms|s|m|h))?")
 _SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
@@ -660,7 +660,7 @@ def _parse_seconds(text: str) -> float:
     return seconds
 
 
-_SIZE = re.compile(r"([0-9]{1,19}) ?(?:([kmg])(?:ib)?|b)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,19})(?: ?(?:([kmg])(?:ib)?|b))?", re.IGNORECASE)
 _SIZE_PER_UNIT = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
 

@@ -1,0 +1,40 @@
+"""Whether the three packages the proxy stands on are there, and the commands that bring them.
+
+Standard library only and nothing of the package: this is asked before anything else is imported, so that a machine
+without them gets commands to type and no traceback.
+"""
+
+import importlib.util
+import sys
+
+# Module, then the name of its package for apt and for pip.
+DEPENDENCIES = (
+    ("urllib3", "python3-urllib3", "urllib3"),
+    ("certifi", "python3-certifi", "certifi"),
+    ("pythonjsonlogger", "python3-pythonjsonlogger", "python-json-logger"),
+)
+
+
+def missing_dependencies() -> list[str]:
+    """Returns: the modules that can't be found, by their import names."""
+    return [module for module, _, _ in DEPENDENCIES if importlib.util.find_spec(module) is None]
+
+
+def mending_commands(missing: list[str]) -> str:
+    """Returns: lines for a person that say what is missing for which Python, and the commands that mend it."""
+    apt = " ".join(apt for module, apt, _ in DEPENDENCIES if module in missing)
+    pip = " ".join(pip for module, _, pip in DEPENDENCIES if module in missing)
+    return (
+        f"proxy: error: {sys.executable} has no {', '.join(missing)}; one of these mends it:\n"
+        f"  apt install {apt}\n"
+        f"  {sys.executable} -m pip install {pip}\n"
+        "  uv run proxy.py\n"
+    )
+
+
+def require_dependencies() -> None:
+    """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit."""
+    missing = missing_dependencies()
+    if missing:
+        sys.stderr.write(mending_commands(missing))
+        raise SystemExit(2)
