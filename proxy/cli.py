@@ -15,14 +15,7 @@ import textwrap
 import typing
 
 from . import __version__
-from .config import (
-    OPTIONS,
-    ConfigError,
-    Settings,
-    UnixAddress,
-    ignored_variables,
-    load_settings,
-)
+from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variables, load_settings
 from .demo import run_demo
 from .dependencies import DEPENDENCIES
 from .log import print_line
@@ -68,14 +61,10 @@ def _run_command(arguments: list[str]) -> int:
             return serve(load_settings(options, os.environ))
         case "check":
             as_json = "--json" in options
-            return _check(
-                [option for option in options if option != "--json"], as_json=as_json
-            )
+            return _check([option for option in options if option != "--json"], as_json=as_json)
         case "demo":
             if options:
-                raise ConfigError(
-                    f"demo {options[0]!r}: demo takes no options; leave it out"
-                )
+                raise ConfigError(f"demo {options[0]!r}: demo takes no options; leave it out")
             return run_demo()
         case _:
             raise ConfigError(_unknown_command(command))
@@ -87,9 +76,7 @@ def _unknown_command(command: str) -> str:
         return f"command {command!r}: is not available in this version; {known}"
     close = difflib.get_close_matches(command, COMMANDS, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
-    return (
-        f"command {command[:80]!r}: unknown; {guess}{known}, and options begin with --"
-    )
+    return f"command {command[:80]!r}: unknown; {guess}{known}, and options begin with --"
 
 
 def _write_out(text: str) -> int:
@@ -101,9 +88,7 @@ def _write_out(text: str) -> int:
         # What is left in the buffer would fail once more, noisily, at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            raise ConfigError(
-                f"standard output can't be written: {error.strerror}; check where it goes"
-            ) from error
+            raise ConfigError(f"standard output can't be written: {error.strerror}; check where it goes") from error
     return 0
 
 
@@ -118,21 +103,13 @@ def help_text(width: int) -> str:
     ]
     for command, text in COMMANDS.items():
         lines += _entry(command, text, width)
-    lines += _entry(
-        "--help, --version",
-        "print this, or the version and the file it runs from",
-        width,
-    )
+    lines += _entry("--help, --version", "print this, or the version and the file it runs from", width)
     group = None
     for option in OPTIONS:
         if option.group != group:
             group = option.group
             lines += ["", f"{group}:"]
-        lines += _entry(
-            f"{option.flag} {option.metavar}",
-            f"{option.help} (default {option.described_default})",
-            width,
-        )
+        lines += _entry(f"{option.flag} {option.metavar}", f"{option.help} (default {option.described_default})", width)
     notes = (
         "An option may be written --name VALUE or --name=VALUE, once. It can also be set by an environment variable"
         " (PROXY_ and its name in capitals, PROXY_CLIENT_WRITE_TIMEOUT) and in the TOML file of --config"
@@ -153,10 +130,7 @@ def _entry(term: str, text: str, width: int) -> list[str]:
     first = f"  {term}"
     if len(first) > _INDENT - 2:
         return [first, *(" " * _INDENT + line for line in wrapped)]
-    return [
-        first.ljust(_INDENT) + wrapped[0],
-        *(" " * _INDENT + line for line in wrapped[1:]),
-    ]
+    return [first.ljust(_INDENT) + wrapped[0], *(" " * _INDENT + line for line in wrapped[1:])]
 
 
 def version_text() -> str:
@@ -166,15 +140,8 @@ def version_text() -> str:
     """
     path = os.path.abspath(main.__code__.co_filename)
     python = ".".join(str(number) for number in sys.version_info[:3])
-    lines = [
-        f"abort-proxy {__version__}",
-        f"file {path}",
-        f"python {python} ({sys.executable})",
-    ]
-    lines += [
-        f"{package} {_package_version(module, package)}"
-        for module, _, package in DEPENDENCIES
-    ]
+    lines = [f"abort-proxy {__version__}", f"file {path}", f"python {python} ({sys.executable})"]
+    lines += [f"{package} {_package_version(module, package)}" for module, _, package in DEPENDENCIES]
     return "\n".join(lines) + "\n"
 
 
@@ -183,11 +150,7 @@ def _package_version(module: str, package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         # Bundled as plain files, without the installer's notes.
-        return str(
-            getattr(
-                importlib.import_module(module), "__version__", "of unknown version"
-            )
-        )
+        return str(getattr(importlib.import_module(module), "__version__", "of unknown version"))
 
 
 def _check(options: list[str], *, as_json: bool) -> int:
@@ -198,23 +161,11 @@ def _check(options: list[str], *, as_json: bool) -> int:
     described = settings.describe()
     notes = _notes(settings)
     if as_json:
-        return _write_out(
-            json.dumps(
-                {"version": __version__, "settings": described, "notes": notes},
-                indent=2,
-            )
-            + "\n"
-        )
+        return _write_out(json.dumps({"version": __version__, "settings": described, "notes": notes}, indent=2) + "\n")
     rows = [("option", "value", "source")]
-    rows += [
-        (name, _spelled(entry["value"]), str(entry["source"]))
-        for name, entry in described.items()
-    ]
+    rows += [(name, _spelled(entry["value"]), str(entry["source"])) for name, entry in described.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    lines = [
-        f"{name.ljust(widths[0])}  {value.ljust(widths[1])}  {source}"
-        for name, value, source in rows
-    ]
+    lines = [f"{name.ljust(widths[0])}  {value.ljust(widths[1])}  {source}" for name, value, source in rows]
     lines += ["", *(f"note: {note}" for note in notes), "The configuration is good."]
     return _write_out("\n".join(lines) + "\n")
 
@@ -239,39 +190,24 @@ def _check_places(settings: Settings) -> None:
             raise ConfigError(f"{where}: is a directory; name a file in it")
         if os.path.exists(settings.log_file):
             if not os.access(settings.log_file, os.W_OK):
-                raise ConfigError(
-                    f"{where}: may not be written; change its permissions, or choose another path"
-                )
+                raise ConfigError(f"{where}: may not be written; change its permissions, or choose another path")
         else:
             _check_directory(where, settings.log_file)
     if isinstance(settings.listen, UnixAddress):
-        _check_directory(
-            f"listen {str(settings.listen)!r} ({settings.sources['listen']})",
-            settings.listen.path,
-        )
+        _check_directory(f"listen {str(settings.listen)!r} ({settings.sources['listen']})", settings.listen.path)
 
 
 def _check_directory(where: str, path: str) -> None:
     directory = os.path.dirname(path) or "."
     if not os.path.isdir(directory):
-        raise ConfigError(
-            f"{where}: {directory!r} is no directory; make it, or choose another path"
-        )
+        raise ConfigError(f"{where}: {directory!r} is no directory; make it, or choose another path")
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{where}: {directory!r} may not be written; change its permissions, or choose another path"
-        )
+        raise ConfigError(f"{where}: {directory!r} may not be written; change its permissions, or choose another path")
 
 
 def _notes(settings: Settings) -> list[str]:
     """Returns: what is allowed, and still worth a look."""
-    notes = [
-        f"{name} is no option, and is ignored" for name in ignored_variables(os.environ)
-    ]
-    if settings.upstream.scheme == "unix" and not os.path.exists(
-        settings.upstream.path
-    ):
-        notes.append(
-            f"upstream socket {settings.upstream.path!r} does not exist now; requests get 502 until it does"
-        )
+    notes = [f"{name} is no option, and is ignored" for name in ignored_variables(os.environ)]
+    if settings.upstream.scheme == "unix" and not os.path.exists(settings.upstream.path):
+        notes.append(f"upstream socket {settings.upstream.path!r} does not exist now; requests get 502 until it does")
     return notes

@@ -45,11 +45,7 @@ class TcpAddress:
     port: int
 
     def __str__(self) -> str:
-        return (
-            f"[{self.host}]:{self.port}"
-            if ":" in self.host
-            else f"{self.host}:{self.port}"
-        )
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,11 +69,7 @@ class UpstreamUrl:
 
     def __str__(self) -> str:
         if self.scheme == "unix":
-            return (
-                f"unix://{self.path}"
-                if self.path.startswith("/")
-                else f"unix:{self.path}"
-            )
+            return f"unix://{self.path}" if self.path.startswith("/") else f"unix:{self.path}"
         return f"{self.scheme}://{TcpAddress(self.host, self.port)}"
 
 
@@ -143,15 +135,7 @@ def _time_limit(name: str, default: str, text: str) -> Option:
 
 
 def _pem_file(name: str, metavar: str, text: str, shown_default: str = "") -> Option:
-    return Option(
-        name,
-        Kind.PATH,
-        "none",
-        metavar,
-        text + " (PEM)",
-        _TLS,
-        shown_default=shown_default,
-    )
+    return Option(name, Kind.PATH, "none", metavar, text + " (PEM)", _TLS, shown_default=shown_default)
 
 
 # Every option there is, in the order of help, `check` and documents.
@@ -200,14 +184,7 @@ OPTIONS: tuple[Option, ...] = (
         least=_LEAST_HEAD,
         most=_MOST_HEAD,
     ),
-    Option(
-        "max_body_size",
-        Kind.SIZE_OR_NONE,
-        "none",
-        "BYTES",
-        "largest request body (413 if larger)",
-        _GENERAL,
-    ),
+    Option("max_body_size", Kind.SIZE_OR_NONE, "none", "BYTES", "largest request body (413 if larger)", _GENERAL),
     Option(
         "client_half_close",
         Kind.CHOICE,
@@ -243,22 +220,9 @@ OPTIONS: tuple[Option, ...] = (
         _GENERAL,
         choices=("debug", "info", "warning", "error"),
     ),
+    Option("log_schema", Kind.CHOICE, "native", "native", "field names of the log", _GENERAL, choices=("native",)),
     Option(
-        "log_schema",
-        Kind.CHOICE,
-        "native",
-        "native",
-        "field names of the log",
-        _GENERAL,
-        choices=("native",),
-    ),
-    Option(
-        "config",
-        Kind.PATH,
-        "none",
-        "FILE",
-        "TOML file with these options, their names with _ in place of -",
-        _GENERAL,
+        "config", Kind.PATH, "none", "FILE", "TOML file with these options, their names with _ in place of -", _GENERAL
     ),
     Option(
         "drain_timeout",
@@ -268,71 +232,27 @@ OPTIONS: tuple[Option, ...] = (
         "on SIGTERM, how long requests in flight may still take; 0 is not at all; a second SIGTERM ends now",
         _GENERAL,
     ),
-    _time_limit(
-        "client_head_timeout",
-        "10",
-        "TLS handshake and request head, from its first byte to its last",
-    ),
-    _time_limit(
-        "keepalive_timeout",
-        "75",
-        "client idle before the first byte of a request; its end is never an error",
-    ),
+    _time_limit("client_head_timeout", "10", "TLS handshake and request head, from its first byte to its last"),
+    _time_limit("keepalive_timeout", "75", "client idle before the first byte of a request; its end is never an error"),
     _time_limit("client_read_timeout", "none", "no progress reading the request body"),
+    _time_limit("client_read_deadline", "none", "the whole request, from the first byte of its head"),
+    _time_limit("client_write_timeout", "none", "no progress writing the response to the client"),
     _time_limit(
-        "client_read_deadline",
-        "none",
-        "the whole request, from the first byte of its head",
+        "client_write_deadline", "none", "the whole response, from the end of the request head (as Go's WriteTimeout)"
     ),
-    _time_limit(
-        "client_write_timeout", "none", "no progress writing the response to the client"
-    ),
-    _time_limit(
-        "client_write_deadline",
-        "none",
-        "the whole response, from the end of the request head (as Go's WriteTimeout)",
-    ),
-    _time_limit(
-        "upstream_connect_timeout",
-        "10",
-        "reaching upstream: name lookup, TCP connect, TLS handshake",
-    ),
-    _time_limit(
-        "upstream_write_timeout", "none", "no progress writing the request to upstream"
-    ),
-    _time_limit(
-        "upstream_write_deadline",
-        "none",
-        "writing the whole request to upstream, from connected",
-    ),
-    _time_limit(
-        "upstream_head_timeout",
-        "none",
-        "from the request sent to the response head complete",
-    ),
-    _time_limit(
-        "upstream_read_timeout", "none", "no progress reading the response body"
-    ),
-    _time_limit(
-        "upstream_read_deadline",
-        "none",
-        "the whole response body, from the end of its head",
-    ),
-    _time_limit(
-        "tunnel_timeout",
-        "none",
-        "no byte in either direction of an upgraded connection",
-    ),
+    _time_limit("upstream_connect_timeout", "10", "reaching upstream: name lookup, TCP connect, TLS handshake"),
+    _time_limit("upstream_write_timeout", "none", "no progress writing the request to upstream"),
+    _time_limit("upstream_write_deadline", "none", "writing the whole request to upstream, from connected"),
+    _time_limit("upstream_head_timeout", "none", "from the request sent to the response head complete"),
+    _time_limit("upstream_read_timeout", "none", "no progress reading the response body"),
+    _time_limit("upstream_read_deadline", "none", "the whole response body, from the end of its head"),
+    _time_limit("tunnel_timeout", "none", "no byte in either direction of an upgraded connection"),
     _time_limit(
         "peer_dead_timeout",
         "60",
         "the peer's kernel has answered nothing at all: data in flight or probes unacknowledged",
     ),
-    _time_limit(
-        "tcp_user_timeout",
-        "none",
-        "the kernel's TCP_USER_TIMEOUT; also ends a reader that is merely paused",
-    ),
+    _time_limit("tcp_user_timeout", "none", "the kernel's TCP_USER_TIMEOUT; also ends a reader that is merely paused"),
     _pem_file("tls_cert", "FILE", "serve HTTPS with this certificate chain"),
     _pem_file("tls_key", "FILE", "its key", "in --tls-cert"),
     _pem_file("tls_client_ca", "FILE", "require a client certificate of this CA"),
@@ -424,10 +344,7 @@ class Settings:
                     value = str(value)
                 case _:
                     pass
-            described[option.name] = {
-                "value": value,
-                "source": self.sources[option.name],
-            }
+            described[option.name] = {"value": value, "source": self.sources[option.name]}
         return described
 
 
@@ -439,9 +356,7 @@ class _BadValue(ValueError):
         self.mend = mend
 
 
-def load_settings(
-    arguments: collections.abc.Sequence[str], environ: collections.abc.Mapping[str, str]
-) -> Settings:
+def load_settings(arguments: collections.abc.Sequence[str], environ: collections.abc.Mapping[str, str]) -> Settings:
     """Put flags, environment, the file that either names, and defaults together.
 
     ``arguments`` are flags only, without a command.
@@ -483,19 +398,12 @@ def _read_flags(arguments: collections.abc.Sequence[str]) -> dict[str, tuple[str
         option = _BY_NAME.get(name)
         if option is None or "_" in flag:
             raise ConfigError(
-                _unknown(
-                    f"option {_quoted(flag)}",
-                    name,
-                    [known.flag for known in OPTIONS],
-                    flag.replace("_", "-"),
-                )
+                _unknown(f"option {_quoted(flag)}", name, [known.flag for known in OPTIONS], flag.replace("_", "-"))
             )
         if not equals:
             # A value may begin with one hyphen (--log-file -), but the next option is no value.
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(
-                    f"{option.flag} (flag): needs a value; write {option.flag} {option.metavar}"
-                )
+                raise ConfigError(f"{option.flag} (flag): needs a value; write {option.flag} {option.metavar}")
             text = rest.pop(0)
         if name in given:
             raise ConfigError(
@@ -506,9 +414,7 @@ def _read_flags(arguments: collections.abc.Sequence[str]) -> dict[str, tuple[str
     return given
 
 
-def _read_environment(
-    environ: collections.abc.Mapping[str, str],
-) -> dict[str, tuple[str, str]]:
+def _read_environment(environ: collections.abc.Mapping[str, str]) -> dict[str, tuple[str, str]]:
     given: dict[str, tuple[str, str]] = {}
     for variable, text in environ.items():
         if not variable.startswith(ENVIRONMENT_PREFIX):
@@ -519,14 +425,7 @@ def _read_environment(
             given[name] = (text, f"env:{variable}")
         elif _looks_like_option(name):
             known = [candidate.variable for candidate in OPTIONS]
-            raise ConfigError(
-                _unknown(
-                    f"environment variable {_quoted(variable)}",
-                    name,
-                    known,
-                    variable.upper(),
-                )
-            )
+            raise ConfigError(_unknown(f"environment variable {_quoted(variable)}", name, known, variable.upper()))
     return given
 
 
@@ -537,11 +436,7 @@ def ignored_variables(environ: collections.abc.Mapping[str, str]) -> list[str]:
     ``PROXY_USER``.
     """
     ours = {option.variable for option in OPTIONS}
-    return sorted(
-        variable
-        for variable in environ
-        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in ours
-    )
+    return sorted(variable for variable in environ if variable.startswith(ENVIRONMENT_PREFIX) and variable not in ours)
 
 
 def _looks_like_option(name: str) -> bool:
@@ -549,11 +444,7 @@ def _looks_like_option(name: str) -> bool:
 
     So it is if it is a known name but for a few letters, or made of two or more words of option names.
     """
-    if (
-        name in _BY_NAME
-        or name in _NOT_YET
-        or difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.8)
-    ):
+    if name in _BY_NAME or name in _NOT_YET or difflib.get_close_matches(name, _BY_NAME, n=1, cutoff=0.8):
         return True
     words = name.split("_")
     return len(words) > 1 and all(word in _OPTION_WORDS for word in words)
@@ -568,24 +459,18 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
         with open(path, "rb") as file:
             octets = file.read()
     except OSError as error:
-        raise ConfigError(
-            f"{where}: can't be read: {error.strerror}; check the path and its permissions"
-        ) from error
+        raise ConfigError(f"{where}: can't be read: {error.strerror}; check the path and its permissions") from error
     try:
         text = octets.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = octets[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{where}: line {line} is not UTF-8; save the file as UTF-8"
-        ) from error
+        raise ConfigError(f"{where}: line {line} is not UTF-8; save the file as UTF-8") from error
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         # TOMLDecodeError says line and column. It is a ValueError, as is what int() says of thousands of digits.
         problem = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f'{where}: is not TOML: {problem[:200]}; write lines such as name = "value"'
-        ) from error
+        raise ConfigError(f'{where}: is not TOML: {problem[:200]}; write lines such as name = "value"') from error
     lines = _key_lines(text)
     given: dict[str, tuple[str, str]] = {}
     for name, value in table.items():
@@ -598,12 +483,7 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
                     f" remove the line [{_cut(name)}]"
                 )
             raise ConfigError(
-                _unknown(
-                    f"option {_quoted(name)} ({place})",
-                    name.replace("-", "_"),
-                    list(_BY_NAME),
-                    name,
-                )
+                _unknown(f"option {_quoted(name)} ({place})", name.replace("-", "_"), list(_BY_NAME), name)
             )
         if name == "config":
             raise ConfigError(
@@ -623,14 +503,7 @@ def _text_of(option: Option, value: object, source: str) -> str:
         case Kind.LIMIT | Kind.SECONDS:
             wanted = "a number or a string"
             fits = isinstance(value, int | float | str)
-        case (
-            Kind.LISTEN
-            | Kind.UPSTREAM
-            | Kind.CHOICE
-            | Kind.NAME
-            | Kind.LOG_FILE
-            | Kind.PATH
-        ):
+        case Kind.LISTEN | Kind.UPSTREAM | Kind.CHOICE | Kind.NAME | Kind.LOG_FILE | Kind.PATH:
             wanted = "a string"
             fits = isinstance(value, str)
         case _:  # pragma: no cover - the type check proves it unreachable
@@ -704,21 +577,13 @@ def _parse_kind(option: Option, text: str, source: str) -> typing.Any:
         case Kind.UPSTREAM:
             return _parse_upstream(text)
         case Kind.WORKERS:
-            return (
-                _available_cores() if text == "auto" else _parse_number(text, 1, 1024)
-            )
+            return _available_cores() if text == "auto" else _parse_number(text, 1, 1024)
         case Kind.NUMBER:
-            return Bound(
-                option.name, _parse_number(text, option.least, option.most), source
-            )
+            return Bound(option.name, _parse_number(text, option.least, option.most), source)
         case Kind.SIZE:
             return Bound(option.name, _parse_size(option, text), source)
         case Kind.SIZE_OR_NONE:
-            return (
-                None
-                if text.lower() == "none"
-                else Bound(option.name, _parse_size(option, text), source)
-            )
+            return None if text.lower() == "none" else Bound(option.name, _parse_size(option, text), source)
         case Kind.LIMIT:
             seconds = 0.0 if text.lower() == "none" else _parse_seconds(text)
             return Limit(option.name, seconds, source) if seconds else None
@@ -773,11 +638,7 @@ def _example(option: Option) -> str:
 
 def _available_cores() -> int:
     # Not os.cpu_count(): a container or taskset may leave us fewer.
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _SECONDS = re.compile(r"(-?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?: ?(ms|s|m|h))?")
@@ -809,9 +670,7 @@ def _parse_size(option: Option, text: str) -> int:
         raise _BadValue("is no number of bytes")
     size = int(match[1]) * _SIZE_PER_UNIT[(match[2] or "").lower()]
     if size < option.least:
-        raise _BadValue(
-            f"is less than {option.least} byte{'s' if option.least > 1 else ''}"
-        )
+        raise _BadValue(f"is less than {option.least} byte{'s' if option.least > 1 else ''}")
     if size > option.most:
         raise _BadValue(f"is more than {option.most} bytes")
     return size
@@ -827,30 +686,21 @@ def _parse_number(text: str, least: int, most: int) -> int:
 
 def _parse_name(text: str) -> str:
     # Via takes a token as pseudonym (RFC 9110 §7.6.3). Whitespace or a comma in it would forge a further entry.
-    if (
-        len(text) > 255
-        or not text.isascii()
-        or TOKEN.fullmatch(text.encode("ascii")) is None
-    ):
+    if len(text) > 255 or not text.isascii() or TOKEN.fullmatch(text.encode("ascii")) is None:
         raise _BadValue("can't stand in Via")
     return text
 
 
 def _host_name_token() -> str:
     """Returns: the host name with what Via does not take replaced: no name of a machine is a reason not to start."""
-    return (
-        re.sub(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]", "-", socket.gethostname())[:255]
-        or "proxy"
-    )
+    return re.sub(r"[^!#$%&'*+\-.^_`|~0-9A-Za-z]", "-", socket.gethostname())[:255] or "proxy"
 
 
 def _parse_listen(text: str) -> TcpAddress | UnixAddress:
     if text.startswith("unix:"):
         return UnixAddress(_parse_unix_path(text.removeprefix("unix:")))
     if "://" in text:
-        raise _BadValue(
-            "is a URL", "write HOST:PORT without a scheme and a path, or unix:PATH"
-        )
+        raise _BadValue("is a URL", "write HOST:PORT without a scheme and a path, or unix:PATH")
     if text.startswith("/"):
         raise _BadValue("has no port", f"for a unix socket write unix:{_cut(text)}")
     host, colon, port = text.rpartition(":")
@@ -876,16 +726,10 @@ def _parse_upstream(text: str) -> UpstreamUrl:
     if text.startswith("unix:"):
         return UpstreamUrl("unix", "", 0, _parse_unix_path(text.removeprefix("unix:")))
     if "@" in text:
-        raise _BadValue(
-            "holds a user name or password", "leave it out: it would not be sent"
-        )
+        raise _BadValue("holds a user name or password", "leave it out: it would not be sent")
     match = _URL.fullmatch(text)
     if match is None:
-        mend = (
-            f"write unix://{_cut(text)}"
-            if text.startswith("/")
-            else f"write http://{_cut(text)}, or https://"
-        )
+        mend = f"write unix://{_cut(text)}" if text.startswith("/") else f"write http://{_cut(text)}, or https://"
         raise _BadValue("has no scheme", mend)
     scheme, authority, path, rest = match.groups()
     scheme = scheme.lower()
@@ -893,21 +737,14 @@ def _parse_upstream(text: str) -> UpstreamUrl:
         raise _BadValue(f"has the scheme {_cut(scheme)}")
     if path not in ("", "/") or rest:
         what = "a path" if path not in ("", "/") else "a query or fragment"
-        raise _BadValue(
-            f"has {what}", "leave it out: request targets go through unchanged"
-        )
+        raise _BadValue(f"has {what}", "leave it out: request targets go through unchanged")
     host, colon, port = authority.rpartition(":")
     if not colon or authority.endswith("]"):
         host, port = authority, str(_DEFAULT_PORTS[scheme])
     if not host:
         raise _BadValue("has no host")
     # tcp:// is how DOCKER_HOST spells it.
-    return UpstreamUrl(
-        "http" if scheme == "tcp" else scheme,
-        _parse_host(host),
-        _parse_port(port, least=1),
-        "",
-    )
+    return UpstreamUrl("http" if scheme == "tcp" else scheme, _parse_host(host), _parse_port(port, least=1), "")
 
 
 def _parse_host(text: str) -> str:
@@ -916,34 +753,22 @@ def _parse_host(text: str) -> str:
         try:
             return str(ipaddress.IPv6Address(text[1:-1]))
         except ValueError:
-            raise _BadValue(
-                f"holds {_quoted(text)}, which is no IPv6 address"
-            ) from None
+            raise _BadValue(f"holds {_quoted(text)}, which is no IPv6 address") from None
     if text.count(":") > 1:
-        raise _BadValue(
-            "holds an IPv6 address without brackets", "write it as in [::1]:8080"
-        )
+        raise _BadValue("holds an IPv6 address without brackets", "write it as in [::1]:8080")
     if re.fullmatch("[0-9.]+", text):
         try:
             return str(ipaddress.IPv4Address(text))
         except ValueError:
-            raise _BadValue(
-                f"holds {_quoted(text)}, which is no IPv4 address"
-            ) from None
-    if (
-        len(text) > 253
-        or re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_.])?", text) is None
-        or ".." in text
-    ):
+            raise _BadValue(f"holds {_quoted(text)}, which is no IPv4 address") from None
+    if len(text) > 253 or re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_.])?", text) is None or ".." in text:
         raise _BadValue(f"holds {_quoted(text)}, which is no host name")
     return text
 
 
 def _parse_port(text: str, least: int) -> int:
     if re.fullmatch("[0-9]{1,5}", text) is None or not least <= int(text) <= 65535:
-        raise _BadValue(
-            f"has the port {_quoted(text)}", f"write a port from {least} to 65535"
-        )
+        raise _BadValue(f"has the port {_quoted(text)}", f"write a port from {least} to 65535")
     return int(text)
 
 
@@ -951,18 +776,13 @@ def _parse_unix_path(text: str) -> str:
     if text.startswith("//"):
         # unix://var/run/docker.sock names the host "var".
         if not text.startswith("///"):
-            raise _BadValue(
-                "has a host", f"write unix:///{_cut(text[2:])}, with three slashes"
-            )
+            raise _BadValue("has a host", f"write unix:///{_cut(text[2:])}, with three slashes")
         text = text[2:]
     if not text or text.endswith("/"):
         raise _BadValue("names no socket", "write unix:PATH")
     length = len(os.fsencode(text))
     if length > _LONGEST_UNIX_PATH:
-        raise _BadValue(
-            f"is a path of {length} octets, and the kernel takes {_LONGEST_UNIX_PATH}",
-            "use a shorter one",
-        )
+        raise _BadValue(f"is a path of {length} octets, and the kernel takes {_LONGEST_UNIX_PATH}", "use a shorter one")
     return text
 
 
@@ -971,12 +791,7 @@ def _check_together(settings: Settings) -> None:
     needed = (
         ("tls_key", settings.tls_key, "tls_cert", settings.tls_cert),
         ("tls_client_ca", settings.tls_client_ca, "tls_cert", settings.tls_cert),
-        (
-            "upstream_key",
-            settings.upstream_key,
-            "upstream_cert",
-            settings.upstream_cert,
-        ),
+        ("upstream_key", settings.upstream_key, "upstream_cert", settings.upstream_cert),
     )
     for name, value, other, other_value in needed:
         if value is not None and other_value is None:
@@ -986,10 +801,7 @@ def _check_together(settings: Settings) -> None:
             )
     if settings.upstream.scheme == "https":
         return
-    for name, value in (
-        ("upstream_ca", settings.upstream_ca),
-        ("upstream_cert", settings.upstream_cert),
-    ):
+    for name, value in (("upstream_ca", settings.upstream_ca), ("upstream_cert", settings.upstream_cert)):
         if value is not None:
             raise ConfigError(
                 f"{name} {_quoted(value)} ({settings.sources[name]}): has no meaning for"
@@ -1014,17 +826,11 @@ def _quoted(value: object) -> str:
 
 def _shown(option: Option, text: str) -> str:
     # A password someone put into the URL stays out of journals.
-    return _quoted(
-        re.sub(r"(^|//)[^/].*@", r"\1***@", text)
-        if option.kind is Kind.UPSTREAM
-        else text
-    )
+    return _quoted(re.sub(r"(^|//)[^/].*@", r"\1***@", text) if option.kind is Kind.UPSTREAM else text)
 
 
 def _unknown(what: str, name: str, spellings: list[str], asked: str) -> str:
     if name in _NOT_YET:
         return f"{what}: is not available in this version; leave it out"
     close = difflib.get_close_matches(asked, spellings, n=1)
-    return f"{what}: unknown; " + (
-        f"did you mean {close[0]}?" if close else "--help lists the options"
-    )
+    return f"{what}: unknown; " + (f"did you mean {close[0]}?" if close else "--help lists the options")

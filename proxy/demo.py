@@ -20,7 +20,9 @@ import typing
 from .config import load_settings
 from .workers import serve
 
-_PUSH = b"POST /v1.41/images/big/push?tag=latest HTTP/1.1\r\nHost: docker\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_PUSH = (
+    b"POST /v1.41/images/big/push?tag=latest HTTP/1.1\r\nHost: docker\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
 _PROGRESS_LINES = 16
 _PROGRESS_EVERY_S = 0.25
 _LAYER_MB = 48
@@ -41,14 +43,8 @@ _EXPLAINED = (
     (("limit", "source"), "where that value was set: here, a flag nobody remembered"),
     (("status",), "what the client had been told before"),
     (("bytes", "upstream_read"), "bytes that came from upstream"),
-    (
-        ("bytes", "client_written"),
-        "bytes that went to the client, the last line with the reason included",
-    ),
-    (
-        ("stalled_s", "upstream_read"),
-        "upstream was well: its last byte was this long ago",
-    ),
+    (("bytes", "client_written"), "bytes that went to the client, the last line with the reason included"),
+    (("stalled_s", "upstream_read"), "upstream was well: its last byte was this long ago"),
     (("duration_s",), "from the first byte of the request to the end"),
 )
 
@@ -72,9 +68,7 @@ def run_demo() -> int:
         upstream = f"http://127.0.0.1:{listener.getsockname()[1]}"
         child = _fork(lambda: _answer_pushes(listener))
         try:
-            problems = _show_without_limits(
-                upstream, directory
-            ) + _show_forgotten_deadline(upstream, directory)
+            problems = _show_without_limits(upstream, directory) + _show_forgotten_deadline(upstream, directory)
         finally:
             _end(child, signal.SIGKILL)
     for problem in problems:
@@ -83,14 +77,8 @@ def run_demo() -> int:
 
 
 def _show_without_limits(upstream: str, directory: str) -> list[str]:
-    _say(
-        _bold(
-            "1. docker push, slow, through the proxy with its defaults: no limit on a transfer"
-        )
-    )
-    seen, record, balanced = _push_through_proxy(
-        upstream, os.path.join(directory, "first.log"), []
-    )
+    _say(_bold("1. docker push, slow, through the proxy with its defaults: no limit on a transfer"))
+    seen, record, balanced = _push_through_proxy(upstream, os.path.join(directory, "first.log"), [])
     _say(f"   The client got all of it, {seen.byte_count:,} bytes. The record:")
     _say(_wrapped(str(record.get("message", record))))
     _say("")
@@ -98,38 +86,24 @@ def _show_without_limits(upstream: str, directory: str) -> list[str]:
         ("event", record.get("event"), "request.complete"),
         ("status", record.get("status"), 200),
         ("the response was whole", seen.whole, True),
-        (
-            "client_written",
-            _field(record, ("bytes", "client_written")),
-            seen.byte_count,
-        ),
+        ("client_written", _field(record, ("bytes", "client_written")), seen.byte_count),
         ("server.stop balanced", balanced, True),
     )
 
 
 def _show_forgotten_deadline(upstream: str, directory: str) -> list[str]:
-    _say(
-        _bold(
-            "2. The same push, and a forgotten 10-second deadline, shortened to 2: --client-write-deadline 2"
-        )
-    )
+    _say(_bold("2. The same push, and a forgotten 10-second deadline, shortened to 2: --client-write-deadline 2"))
     path = os.path.join(directory, "second.log")
-    seen, record, balanced = _push_through_proxy(
-        upstream, path, ["--client-write-deadline", "2"]
-    )
+    seen, record, balanced = _push_through_proxy(upstream, path, ["--client-write-deadline", "2"])
     last = seen.lines[-1] if seen.lines else {}
-    _say(
-        "   Other proxies cut the connection without a word, and docker prints `unexpected EOF`. Here it prints:"
-    )
+    _say("   Other proxies cut the connection without a word, and docker prints `unexpected EOF`. Here it prints:")
     _say(_wrapped(str(last.get("error", "nothing"))))
     _say("   The record in the log says it in one sentence:")
     _say(_wrapped(str(record.get("message", ""))))
     _say("   and in fields (a few of them, explained):")
     for path_in_record, explanation in _EXPLAINED:
         value = json.dumps(_field(record, path_in_record))
-        _say(
-            f"     {'.'.join(path_in_record):23} {_bold(value.ljust(25))} {explanation}"
-        )
+        _say(f"     {'.'.join(path_in_record):23} {_bold(value.ljust(25))} {explanation}")
     _say("")
     elapsed_s = _field(record, ("limit", "elapsed_s"))
     return _differences(
@@ -140,54 +114,25 @@ def _show_forgotten_deadline(upstream: str, directory: str) -> list[str]:
         ("limit.name", _field(record, ("limit", "name")), "client_write_deadline"),
         ("limit.seconds", _field(record, ("limit", "seconds")), 2.0),
         ("limit.source", _field(record, ("limit", "source")), "flag"),
-        (
-            "limit.elapsed_s is 2 s or a little more",
-            isinstance(elapsed_s, float) and 2.0 <= elapsed_s < 4.0,
-            True,
-        ),
+        ("limit.elapsed_s is 2 s or a little more", isinstance(elapsed_s, float) and 2.0 <= elapsed_s < 4.0, True),
         ("the response was whole", seen.whole, False),
-        (
-            "the last line names the limit",
-            "client_write_deadline" in str(last.get("error")),
-            True,
-        ),
-        (
-            "client_written",
-            _field(record, ("bytes", "client_written")),
-            seen.byte_count,
-        ),
+        ("the last line names the limit", "client_write_deadline" in str(last.get("error")), True),
+        ("client_written", _field(record, ("bytes", "client_written")), seen.byte_count),
         ("server.stop balanced", balanced, True),
     )
 
 
 def _differences(*claims: tuple[str, object, object]) -> list[str]:
-    return [
-        f"{name} is {found!r}, not {expected!r}"
-        for name, found, expected in claims
-        if found != expected
-    ]
+    return [f"{name} is {found!r}, not {expected!r}" for name, found, expected in claims if found != expected]
 
 
-def _push_through_proxy(
-    upstream: str, log: str, limits: list[str]
-) -> tuple[_Seen, dict[str, typing.Any], bool]:
+def _push_through_proxy(upstream: str, log: str, limits: list[str]) -> tuple[_Seen, dict[str, typing.Any], bool]:
     """Start a proxy, push once, stop it.
 
     Returns: what the client saw, the record, and whether the proxy's counts balanced.
     """
     settings = load_settings(
-        [
-            "--listen",
-            "127.0.0.1:0",
-            "--upstream",
-            upstream,
-            "--workers",
-            "1",
-            "--log-file",
-            log,
-            *limits,
-        ],
-        {},
+        ["--listen", "127.0.0.1:0", "--upstream", upstream, "--workers", "1", "--log-file", log, *limits], {}
     )
     proxy = _fork(lambda: serve(settings))
     try:
@@ -196,18 +141,10 @@ def _push_through_proxy(
     finally:
         _end(proxy, signal.SIGTERM)
     events = _events(log)
-    records = [
-        event
-        for event in events
-        if event["event"] in ("request.complete", "request.reject", "request.abort")
-    ]
+    records = [event for event in events if event["event"] in ("request.complete", "request.reject", "request.abort")]
     if len(records) != 1:
         raise RuntimeError(f"{len(records)} records for one request in {log}")
-    return (
-        seen,
-        records[0],
-        any(event["event"] == "server.stop" and event["balanced"] for event in events),
-    )
+    return seen, records[0], any(event["event"] == "server.stop" and event["balanced"] for event in events)
 
 
 def _events(log: str) -> list[dict[str, typing.Any]]:
@@ -242,9 +179,7 @@ def _push(host: str, port: int) -> _Seen:
             content, whole = _dechunk(bytes(received))
             for line in content.split(b"\n")[len(lines) : -1]:
                 lines.append(json.loads(line))
-                _say(
-                    f"   {time.monotonic() - began_at:4.1f} s  {_as_docker_prints(lines[-1])}"
-                )
+                _say(f"   {time.monotonic() - began_at:4.1f} s  {_as_docker_prints(lines[-1])}")
     return _Seen(tuple(lines), len(received), whole)
 
 
@@ -266,9 +201,7 @@ def _as_docker_prints(line: dict[str, typing.Any]) -> str:
     if "error" in line:
         return _bold(str(line["error"])[: _WIDTH - 12] + "...")
     return " ".join(
-        str(line[key]) + (":" if key == "id" else "")
-        for key in ("id", "status", "progress")
-        if key in line
+        str(line[key]) + (":" if key == "id" else "") for key in ("id", "status", "progress") if key in line
     )
 
 
@@ -276,9 +209,7 @@ def _as_docker_prints(line: dict[str, typing.Any]) -> str:
 
 
 def _answer_pushes(listener: socket.socket) -> int:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the process that shows the demo; it ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that shows the demo; it ends this one
     while True:
         connection, _ = listener.accept()
         with connection:
@@ -311,17 +242,9 @@ def _answer_push(connection: socket.socket) -> None:
         progress = {"current": done * 1_000_000, "total": _LAYER_MB * 1_000_000}
         text = f"[{bar}] {done:2} MB/{_LAYER_MB} MB"
         _send_line(
-            connection,
-            {
-                "status": "Pushing",
-                "progressDetail": progress,
-                "progress": text,
-                "id": "5f70bf18a086",
-            },
+            connection, {"status": "Pushing", "progressDetail": progress, "progress": text, "id": "5f70bf18a086"}
         )
-    _send_line(
-        connection, {"status": "latest: digest: sha256:" + "4c" * 32 + " size: 528"}
-    )
+    _send_line(connection, {"status": "latest: digest: sha256:" + "4c" * 32 + " size: 528"})
     connection.sendall(b"0\r\n\r\n")
 
 
@@ -368,20 +291,10 @@ def _say(text: str) -> None:
 
 def _wrapped(text: str) -> str:
     return "\n".join(
-        textwrap.wrap(
-            text,
-            _WIDTH,
-            initial_indent="     ",
-            subsequent_indent="     ",
-            break_on_hyphens=False,
-        )
+        textwrap.wrap(text, _WIDTH, initial_indent="     ", subsequent_indent="     ", break_on_hyphens=False)
     )
 
 
 def _bold(text: str) -> str:
-    plain = (
-        not sys.stdout.isatty()
-        or "NO_COLOR" in os.environ
-        or os.environ.get("TERM") == "dumb"
-    )
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     return text if plain else f"\033[1m{text}\033[0m"

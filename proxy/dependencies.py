@@ -17,11 +17,7 @@ DEPENDENCIES = (
 
 def missing_dependencies() -> list[str]:
     """Returns: the modules that can't be found, by their import names."""
-    return [
-        module
-        for module, _, _ in DEPENDENCIES
-        if importlib.util.find_spec(module) is None
-    ]
+    return [module for module, _, _ in DEPENDENCIES if importlib.util.find_spec(module) is None]
 
 
 def mending_commands(missing: list[str]) -> str:

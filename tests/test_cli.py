@@ -28,9 +28,7 @@ FORMS = {
     "zipapp": (ROOT / "dist" / "proxy.pyz", [str(ROOT / "dist" / "proxy.pyz")]),
 }
 # Other tests and machines may have set some; a path to the package is all that is needed of the rest.
-ENVIRONMENT = {
-    name: value for name, value in os.environ.items() if not name.startswith("PROXY_")
-} | {
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PROXY_")} | {
     "PYTHONPATH": str(ROOT),
     "COLUMNS": "100",
 }
@@ -126,9 +124,7 @@ class Serving:
         """Returns: the first event of that name."""
         give_up_at = time.monotonic() + PATIENCE_S
         while not (events := self.events(name)):
-            assert self.process.poll() is None or self.events(name), (
-                self.process.communicate()
-            )
+            assert self.process.poll() is None or self.events(name), self.process.communicate()
             assert time.monotonic() < give_up_at, f"no {name}"
             time.sleep(0.02)
         return events[0]
@@ -149,27 +145,17 @@ def program(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Program:
 # -- help and version ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [("--help",), ("-h",), ("check", "--help"), ("serve", "--listen", "x", "--help")],
-)
-def test_help_names_every_option_with_its_default(
-    program: Program, arguments: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("check", "--help"), ("serve", "--listen", "x", "--help")])
+def test_help_names_every_option_with_its_default(program: Program, arguments: tuple[str, ...]) -> None:
     done = program.run(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(done.stdout.split())
     for option in OPTIONS:
-        assert (
-            f" {option.flag} {option.metavar} {option.help} (default {option.described_default})"
-            in words
-        )
+        assert f" {option.flag} {option.metavar} {option.help} (default {option.described_default})" in words
     assert max(len(line) for line in done.stdout.splitlines()) <= 100
 
 
-def test_version_names_the_file_that_runs_and_what_it_stands_on(
-    program: Program,
-) -> None:
+def test_version_names_the_file_that_runs_and_what_it_stands_on(program: Program) -> None:
     done = program.run("--version")
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
@@ -188,10 +174,7 @@ def test_version_names_the_file_that_runs_and_what_it_stands_on(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (
-            ("chek",),
-            "command 'chek': unknown; did you mean check? the commands are serve, check, demo",
-        ),
+        (("chek",), "command 'chek': unknown; did you mean check? the commands are serve, check, demo"),
         (
             ("explain", "x.log"),
             "command 'explain': is not available in this version; the commands are serve, check, demo",
@@ -203,19 +186,11 @@ def test_version_names_the_file_that_runs_and_what_it_stands_on(
         (("serve", "check"), "unexpected argument 'check'"),
         (("--workers", "1", "check"), "unexpected argument 'check'"),
         (("--json",), "option '--json': unknown"),
-        (
-            ("--client-write-timeout", "ten"),
-            "client_write_timeout 'ten' (flag): is no number of seconds; write",
-        ),
-        (
-            ("serve", "--config", "/does/not/exist"),
-            "config '/does/not/exist' (flag): can't be read: No such file",
-        ),
+        (("--client-write-timeout", "ten"), "client_write_timeout 'ten' (flag): is no number of seconds; write"),
+        (("serve", "--config", "/does/not/exist"), "config '/does/not/exist' (flag): can't be read: No such file"),
     ],
 )
-def test_what_cannot_be_run_is_one_line_and_status_2(
-    program: Program, arguments: tuple[str, ...], text: str
-) -> None:
+def test_what_cannot_be_run_is_one_line_and_status_2(program: Program, arguments: tuple[str, ...], text: str) -> None:
     assert text in program.refusal(*arguments)
 
 
@@ -229,28 +204,20 @@ def test_a_misspelt_variable_is_refused(program: Program) -> None:
 def test_a_file_whose_name_has_a_newline_is_still_one_line(program: Program) -> None:
     path = program.directory / "a\nb.toml"
     path.write_text("workers = 0\n", "ascii")
-    assert "b.toml:1): is not from 1 to 1024" in program.refusal(
-        "check", "--config", str(path)
-    )
+    assert "b.toml:1): is not from 1 to 1024" in program.refusal("check", "--config", str(path))
 
 
-def test_missing_packages_are_named_with_the_commands_that_mend_it(
-    program: Program,
-) -> None:
+def test_missing_packages_are_named_with_the_commands_that_mend_it(program: Program) -> None:
     if program.form == "zipapp":
         pytest.skip("the zipapp brings its packages")
     if "require_dependencies" not in program.file.read_text("utf-8"):
-        pytest.skip(
-            f"{program.file.name} does not ask for its packages before it imports them"
-        )
+        pytest.skip(f"{program.file.name} does not ask for its packages before it imports them")
     program.command.insert(0, "-S")  # the standard library alone
     done = program.run("--version")
     assert (done.returncode, done.stdout) == (2, "")
     first, *mends = done.stderr.splitlines()
     assert first.startswith("proxy: error: ")
-    assert first.endswith(
-        " has no urllib3, certifi, pythonjsonlogger; one of these mends it:"
-    )
+    assert first.endswith(" has no urllib3, certifi, pythonjsonlogger; one of these mends it:")
     assert [mend.strip() for mend in mends] == [
         "apt install python3-urllib3 python3-certifi python3-pythonjsonlogger",
         f"{sys.executable} -m pip install urllib3 certifi python-json-logger",
@@ -261,14 +228,7 @@ def test_missing_packages_are_named_with_the_commands_that_mend_it(
 def test_what_is_there_is_not_called_missing() -> None:
     code = "import sys; sys.modules['urllib3'] = sys; import proxy.dependencies as d; print(d.missing_dependencies())"
     command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(
-        command,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     assert done.stdout == "['certifi', 'pythonjsonlogger']\n"
 
 
@@ -278,14 +238,7 @@ def test_what_is_there_is_not_called_missing() -> None:
 def test_check_prints_each_value_with_its_source(program: Program) -> None:
     path = program.directory / "proxy.toml"
     path.write_text('\nmax_body_size = "1MiB"\n', "ascii")
-    arguments = (
-        "--client-write-deadline",
-        "2.5",
-        "--config",
-        "proxy.toml",
-        "--upstream",
-        "tcp://127.0.0.1:2375",
-    )
+    arguments = ("--client-write-deadline", "2.5", "--config", "proxy.toml", "--upstream", "tcp://127.0.0.1:2375")
     done = program.run("check", *arguments, PROXY_LISTEN="[::1]:8081", PROXY_USER="me")
     assert (done.returncode, done.stderr) == (0, "")
     table = {}
@@ -304,21 +257,14 @@ def test_check_prints_each_value_with_its_source(program: Program) -> None:
 
 
 def test_check_as_json(program: Program) -> None:
-    done = program.run(
-        "check", "--json", "--workers=3", "--upstream=unix:/does/not/exist"
-    )
+    done = program.run("check", "--json", "--workers=3", "--upstream=unix:/does/not/exist")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["version"] == proxy.__version__
     assert found["settings"]["workers"] == {"value": 3, "source": "flag"}
-    assert found["settings"]["keepalive_timeout"] == {
-        "value": 75.0,
-        "source": "default",
-    }
+    assert found["settings"]["keepalive_timeout"] == {"value": 75.0, "source": "default"}
     assert list(found["settings"]) == [option.name for option in OPTIONS]
-    assert found["notes"] == [
-        "upstream socket '/does/not/exist' does not exist now; requests get 502 until it does"
-    ]
+    assert found["notes"] == ["upstream socket '/does/not/exist' does not exist now; requests get 502 until it does"]
 
 
 def test_check_into_a_pipe_whose_reader_has_left(program: Program) -> None:
@@ -350,30 +296,20 @@ def test_check_onto_a_full_disk(program: Program) -> None:
         )
     assert done.returncode == 2
     assert (
-        done.stderr
-        == b"proxy: error: standard output can't be written: No space left on device; check where it goes\n"
+        done.stderr == b"proxy: error: standard output can't be written: No space left on device; check where it goes\n"
     )
 
 
 def test_check_looks_at_the_places_for_log_and_socket(program: Program) -> None:
     there = str(program.directory)
-    assert (
-        "log_file '/does/not/exist.log' (flag): '/does/not' is no directory; make it"
-        in program.refusal("check", "--log-file", "/does/not/exist.log")
+    assert "log_file '/does/not/exist.log' (flag): '/does/not' is no directory; make it" in program.refusal(
+        "check", "--log-file", "/does/not/exist.log"
     )
-    assert "(flag): is a directory; name a file in it" in program.refusal(
-        "check", "--log-file", there
+    assert "(flag): is a directory; name a file in it" in program.refusal("check", "--log-file", there)
+    assert "listen 'unix:/does/not/p.sock' (flag): '/does/not' is no directory" in program.refusal(
+        "check", "--listen", "unix:/does/not/p.sock"
     )
-    assert (
-        "listen 'unix:/does/not/p.sock' (flag): '/does/not' is no directory"
-        in program.refusal("check", "--listen", "unix:/does/not/p.sock")
-    )
-    assert (
-        program.run(
-            "check", "--log-file", "new.log", "--listen", "unix:p.sock"
-        ).returncode
-        == 0
-    )
+    assert program.run("check", "--log-file", "new.log", "--listen", "unix:p.sock").returncode == 0
     assert os.listdir(there) == []
 
 
@@ -390,33 +326,19 @@ def certificates(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "garbage.pem").write_text("nothing\n", "ascii")
     key = serialization.load_pem_private_key(identity.private_key_pem.bytes(), None)
     locked = serialization.BestAvailableEncryption(b"secret")
-    encoded = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked
-    )
+    encoded = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
     (tmp_path / "locked.pem").write_bytes(encoded)
     return tmp_path
 
 
-def test_check_loads_the_files_of_tls(
-    program: Program, certificates: pathlib.Path
-) -> None:
-    ca, cert, key, both = (
-        str(certificates / f"{name}.pem") for name in ("ca", "cert", "key", "both")
-    )
+def test_check_loads_the_files_of_tls(program: Program, certificates: pathlib.Path) -> None:
+    ca, cert, key, both = (str(certificates / f"{name}.pem") for name in ("ca", "cert", "key", "both"))
     upstream = ("--upstream", "https://localhost:2376")
     for good in (
         ("--tls-cert", cert, "--tls-key", key),
         ("--tls-cert", both, "--tls-client-ca", ca),
         (*upstream,),
-        (
-            *upstream,
-            "--upstream-ca",
-            ca,
-            "--upstream-cert",
-            cert,
-            "--upstream-key",
-            key,
-        ),
+        (*upstream, "--upstream-ca", ca, "--upstream-cert", cert, "--upstream-key", key),
         (*upstream, "--upstream-ca", "system", "--upstream-cert", both),
     ):
         done = program.run("check", *good)
@@ -427,48 +349,28 @@ def test_check_loads_the_files_of_tls(
     ("options", "text"),
     [
         (("--tls-cert", "cert.pem"), "tls_cert '{}/cert.pem' (flag): can't be used"),
-        (
-            ("--tls-cert", "cert.pem", "--tls-key", "other.pem"),
-            "the key does not belong to the certificate",
-        ),
+        (("--tls-cert", "cert.pem", "--tls-key", "other.pem"), "the key does not belong to the certificate"),
         (("--tls-cert", "cert.pem", "--tls-key", "locked.pem"), "the key is encrypted"),
-        (
-            ("--tls-cert", "garbage.pem", "--tls-key", "key.pem"),
-            "tls_cert '{}/garbage.pem' (flag)",
-        ),
-        (
-            ("--tls-cert", "missing.pem"),
-            "can't read '{}/missing.pem': No such file or directory",
-        ),
+        (("--tls-cert", "garbage.pem", "--tls-key", "key.pem"), "tls_cert '{}/garbage.pem' (flag)"),
+        (("--tls-cert", "missing.pem"), "can't read '{}/missing.pem': No such file or directory"),
         (
             ("--tls-cert", "both.pem", "--tls-client-ca", "garbage.pem"),
             "tls_client_ca '{}/garbage.pem' (flag): holds no",
         ),
-        (
-            ("--upstream", "https://h", "--upstream-ca", "garbage.pem"),
-            "upstream_ca '{}/garbage.pem' (flag): holds no",
-        ),
+        (("--upstream", "https://h", "--upstream-ca", "garbage.pem"), "upstream_ca '{}/garbage.pem' (flag): holds no"),
         (
             ("--upstream", "https://h", "--upstream-ca", "missing.pem"),
             "upstream_ca '{}/missing.pem' (flag): can't read",
         ),
-        (
-            ("--upstream", "https://h", "--upstream-cert", "ca.pem"),
-            "upstream_cert '{}/ca.pem' (flag): can't be used",
-        ),
+        (("--upstream", "https://h", "--upstream-cert", "ca.pem"), "upstream_cert '{}/ca.pem' (flag): can't be used"),
     ],
 )
 def test_check_refuses_files_of_tls(
     program: Program, certificates: pathlib.Path, options: tuple[str, ...], text: str
 ) -> None:
-    paths = [
-        str(certificates / option) if option.endswith(".pem") else option
-        for option in options
-    ]
+    paths = [str(certificates / option) if option.endswith(".pem") else option for option in options]
     assert text.format(certificates) in program.refusal("check", *paths)
-    assert text.format(certificates) in program.refusal(
-        "serve", "--listen", "127.0.0.1:0", *paths
-    )
+    assert text.format(certificates) in program.refusal("serve", "--listen", "127.0.0.1:0", *paths)
 
 
 # -- serve -----------------------------------------------------------------------------------------------------------
@@ -485,21 +387,13 @@ def _exchange(address: tuple[str, int], request: bytes) -> bytes:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_from_start_to_stop(program: Program, number: signal.Signals) -> None:
-    with program.serving(
-        "--upstream", "unix:/does/not/exist", "--upstream-connect-timeout=3"
-    ) as serving:
-        answer = _exchange(
-            serving.address(),
-            b"GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n",
-        )
+    with program.serving("--upstream", "unix:/does/not/exist", "--upstream-connect-timeout=3") as serving:
+        answer = _exchange(serving.address(), b"GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n")
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 502 ")
         assert "upstream" in json.loads(body)["message"]
         start = serving.await_event("server.start")
-        assert start["settings"]["upstream_connect_timeout"] == {
-            "value": 3.0,
-            "source": "flag",
-        }
+        assert start["settings"]["upstream_connect_timeout"] == {"value": 3.0, "source": "flag"}
         assert start["settings"]["listen"] == {"value": "127.0.0.1:0", "source": "flag"}
         serving.process.send_signal(number)
         assert serving.process.wait(PATIENCE_S) == 0
@@ -519,21 +413,16 @@ def test_serve_on_a_port_in_use(program: Program) -> None:
 
 
 def test_serve_where_it_may_not(program: Program) -> None:
-    assert (
-        "listen 'unix:/does/not/p.sock' (flag): No such file or directory"
-        in program.refusal("--listen", "unix:/does/not/p.sock")
+    assert "listen 'unix:/does/not/p.sock' (flag): No such file or directory" in program.refusal(
+        "--listen", "unix:/does/not/p.sock"
     )
-    assert (
-        "log_file '/does/not/p.log' (env:PROXY_LOG_FILE): No such file or directory; "
-        in program.refusal("--listen", "127.0.0.1:0", PROXY_LOG_FILE="/does/not/p.log")
+    assert "log_file '/does/not/p.log' (env:PROXY_LOG_FILE): No such file or directory; " in program.refusal(
+        "--listen", "127.0.0.1:0", PROXY_LOG_FILE="/does/not/p.log"
     )
-    assert (
-        "listen '192.0.2.1:0' (flag): Cannot assign requested address; "
-        in program.refusal("--listen", "192.0.2.1:0")
+    assert "listen '192.0.2.1:0' (flag): Cannot assign requested address; " in program.refusal(
+        "--listen", "192.0.2.1:0"
     )
-    assert "listen 'no-such-host.invalid:0' (flag): " in program.refusal(
-        "--listen", "no-such-host.invalid:0"
-    )
+    assert "listen 'no-such-host.invalid:0' (flag): " in program.refusal("--listen", "no-such-host.invalid:0")
 
 
 # -- demo ------------------------------------------------------------------------------------------------------------
@@ -550,33 +439,19 @@ def test_demo_shows_both_pushes_and_keeps_its_promises(program: Program) -> None
     assert "The client got all of it" in first
     assert 'cause                   "deadline"' in second
     assert (
-        "docker prints `unexpected EOF`. Here it prints:\n     client_write_deadline (2 s, set by flag) ended"
-        in second
+        "docker prints `unexpected EOF`. Here it prints:\n     client_write_deadline (2 s, set by flag) ended" in second
     )
 
 
 def test_demo_fails_when_a_claim_does_not_hold(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = {
-        "event": "request.abort",
-        "limit": {"name": "client_read_deadline"},
-        "bytes": {"client_written": 1},
-    }
+    record = {"event": "request.abort", "limit": {"name": "client_read_deadline"}, "bytes": {"client_written": 1}}
     # A proxy whose records are wrong: there is none to run.
     monkeypatch.setattr(
-        proxy.demo,
-        "_push_through_proxy",
-        lambda *_: (proxy.demo._Seen((), 2, whole=True), record, True),
+        proxy.demo, "_push_through_proxy", lambda *_: (proxy.demo._Seen((), 2, whole=True), record, True)
     )
     assert proxy.demo.run_demo() == 1
-    failures = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("demo failed: ")
-    ]
-    assert (
-        "demo failed: limit.name is 'client_read_deadline', not 'client_write_deadline'"
-        in failures
-    )
+    failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("demo failed: ")]
+    assert "demo failed: limit.name is 'client_read_deadline', not 'client_write_deadline'" in failures
     assert "demo failed: client_written is 1, not 2" in failures

@@ -16,16 +16,7 @@ import hypothesis.strategies
 import pytest
 
 import proxy.config
-from proxy.config import (
-    OPTIONS,
-    ConfigError,
-    Kind,
-    Settings,
-    TcpAddress,
-    UnixAddress,
-    UpstreamUrl,
-    load_settings,
-)
+from proxy.config import OPTIONS, ConfigError, Kind, Settings, TcpAddress, UnixAddress, UpstreamUrl, load_settings
 from proxy.limits import Bound, Limit
 
 
@@ -104,10 +95,7 @@ def test_a_described_default_is_never_empty() -> None:
 # For each kind of option: a value, and what it becomes.
 SAMPLES: dict[Kind, tuple[str, object]] = {
     Kind.LISTEN: ("[::1]:0", TcpAddress("::1", 0)),
-    Kind.UPSTREAM: (
-        "https://docker.example:2376",
-        UpstreamUrl("https", "docker.example", 2376, ""),
-    ),
+    Kind.UPSTREAM: ("https://docker.example:2376", UpstreamUrl("https", "docker.example", 2376, "")),
     Kind.WORKERS: ("3", 3),
     Kind.NUMBER: ("17", 17),
     Kind.SIZE: ("8KiB", 8192),
@@ -129,15 +117,9 @@ COMPANIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "option",
-    [option for option in OPTIONS if option.name != "config"],
-    ids=lambda o: o.name,
-)
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.name != "config"], ids=lambda o: o.name)
 @pytest.mark.parametrize("way", ["flag", "flag=", "env", "file"])
-def test_every_option_can_be_set_in_every_way(
-    option: proxy.config.Option, way: str, tmp_path: pathlib.Path
-) -> None:
+def test_every_option_can_be_set_in_every_way(option: proxy.config.Option, way: str, tmp_path: pathlib.Path) -> None:
     text, expected = SAMPLES[option.kind]
     if option.kind is Kind.CHOICE:
         text = expected = option.choices[-1]
@@ -165,20 +147,13 @@ def test_every_option_can_be_set_in_every_way(
     json.dumps(settings.describe())
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["--max-body-size", "1", "--tcp-user-timeout", "1", "--tls-cert", "x"]],
-)
+@pytest.mark.parametrize("arguments", [[], ["--max-body-size", "1", "--tcp-user-timeout", "1", "--tls-cert", "x"]])
 def test_values_have_the_types_that_settings_declare(arguments: list[str]) -> None:
     settings = load_settings(arguments, {})
     for name, declared in typing.get_type_hints(Settings).items():
         if name == "sources":
             continue
-        allowed = (
-            typing.get_args(declared)
-            if isinstance(declared, types.UnionType)
-            else (declared,)
-        )
+        allowed = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
         assert type(getattr(settings, name)) in allowed, name
 
 
@@ -190,26 +165,13 @@ def test_settings_are_frozen() -> None:
 # -- which source wins -----------------------------------------------------------------------------------------------
 
 
-def test_flag_beats_environment_beats_file_beats_default(
-    tmp_path: pathlib.Path,
-) -> None:
-    path = _file(
-        tmp_path,
-        "client_write_timeout = 1\nclient_read_timeout = 1\nkeepalive_timeout = 1\n",
-    )
-    environ = {
-        "PROXY_CONFIG": path,
-        "PROXY_CLIENT_WRITE_TIMEOUT": "2",
-        "PROXY_CLIENT_READ_TIMEOUT": "2",
-    }
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: pathlib.Path) -> None:
+    path = _file(tmp_path, "client_write_timeout = 1\nclient_read_timeout = 1\nkeepalive_timeout = 1\n")
+    environ = {"PROXY_CONFIG": path, "PROXY_CLIENT_WRITE_TIMEOUT": "2", "PROXY_CLIENT_READ_TIMEOUT": "2"}
     settings = load_settings(["--client-write-timeout=3"], environ)
     assert settings.client_write_timeout == Limit("client_write_timeout", 3.0, "flag")
-    assert settings.client_read_timeout == Limit(
-        "client_read_timeout", 2.0, "env:PROXY_CLIENT_READ_TIMEOUT"
-    )
-    assert settings.keepalive_timeout == Limit(
-        "keepalive_timeout", 1.0, f"file:{path}:3"
-    )
+    assert settings.client_read_timeout == Limit("client_read_timeout", 2.0, "env:PROXY_CLIENT_READ_TIMEOUT")
+    assert settings.keepalive_timeout == Limit("keepalive_timeout", 1.0, f"file:{path}:3")
     assert settings.client_head_timeout == Limit("client_head_timeout", 10.0, "default")
     assert settings.config == path
     assert settings.sources["config"] == "env:PROXY_CONFIG"
@@ -219,26 +181,12 @@ def test_a_flag_names_another_file_than_the_environment(tmp_path: pathlib.Path) 
     path = _file(tmp_path, "workers = 7\n")
     settings = load_settings(["--config", path], {"PROXY_CONFIG": "/does/not/exist"})
     assert settings.workers == 7
-    assert (
-        load_settings(["--config", "none"], {"PROXY_CONFIG": "/does/not/exist"}).config
-        is None
-    )
+    assert load_settings(["--config", "none"], {"PROXY_CONFIG": "/does/not/exist"}).config is None
 
 
-def test_none_from_a_stronger_source_switches_off_what_a_weaker_one_set(
-    tmp_path: pathlib.Path,
-) -> None:
-    path = _file(
-        tmp_path,
-        'client_write_deadline = 10\nmax_body_size = "1MiB"\ntls_cert = "c.pem"\n',
-    )
-    arguments = [
-        "--client-write-deadline=none",
-        "--max-body-size=none",
-        "--tls-cert=none",
-        "--config",
-        path,
-    ]
+def test_none_from_a_stronger_source_switches_off_what_a_weaker_one_set(tmp_path: pathlib.Path) -> None:
+    path = _file(tmp_path, 'client_write_deadline = 10\nmax_body_size = "1MiB"\ntls_cert = "c.pem"\n')
+    arguments = ["--client-write-deadline=none", "--max-body-size=none", "--tls-cert=none", "--config", path]
     settings = load_settings(arguments, {})
     assert settings.client_write_deadline is None
     assert settings.max_body_size is None
@@ -273,9 +221,7 @@ def test_the_line_of_a_key_is_true_in_an_awkward_file(tmp_path: pathlib.Path) ->
     path = _file(tmp_path, AWKWARD_FILE)
     settings = load_settings(["--config", path], {})
     lines = {
-        name: int(source.rpartition(":")[2])
-        for name, source in settings.sources.items()
-        if source.startswith("file:")
+        name: int(source.rpartition(":")[2]) for name, source in settings.sources.items() if source.startswith("file:")
     }
     assert lines == {
         "proxy_name": 3,
@@ -290,29 +236,17 @@ def test_the_line_of_a_key_is_true_in_an_awkward_file(tmp_path: pathlib.Path) ->
     assert settings.tls_key == '[k] # = """ .pem'
 
 
-def test_the_line_of_an_unknown_table_and_of_an_array_is_true(
-    tmp_path: pathlib.Path,
-) -> None:
-    path = _file(
-        tmp_path,
-        'workers = 2\nx = [\n["a"],\n]\n[limits]\nlisten = "a"\n[limits.more]\n[[other]]\n',
-    )
+def test_the_line_of_an_unknown_table_and_of_an_array_is_true(tmp_path: pathlib.Path) -> None:
+    path = _file(tmp_path, 'workers = 2\nx = [\n["a"],\n]\n[limits]\nlisten = "a"\n[limits.more]\n[[other]]\n')
     assert f"'x' (file:{path}:2): unknown" in _error(["--config", path])
-    path = _file(
-        tmp_path, 'workers = 2\n [limits] # c\nlisten = [\n["a"],\n]\n[limits.more]\n'
-    )
+    path = _file(tmp_path, 'workers = 2\n [limits] # c\nlisten = [\n["a"],\n]\n[limits.more]\n')
     assert f"'limits' (file:{path}:2): is a table" in _error(["--config", path])
     path = _file(tmp_path, "listen.host = 1\n")
-    assert f"listen {{'host': 1}} (file:{path}:1): is a table" in _error(
-        ["--config", path]
-    )
+    assert f"listen {{'host': 1}} (file:{path}:1): is a table" in _error(["--config", path])
 
 
 _KEYS = hypothesis.strategies.lists(
-    hypothesis.strategies.text("abAB-_0 .[#='é", min_size=1, max_size=5),
-    unique=True,
-    min_size=1,
-    max_size=6,
+    hypothesis.strategies.text("abAB-_0 .[#='é", min_size=1, max_size=5), unique=True, min_size=1, max_size=6
 )
 _VALUES = hypothesis.strategies.sampled_from(
     [
@@ -329,25 +263,17 @@ _VALUES = hypothesis.strategies.sampled_from(
         "1979-05-27 07:32:00",
     ]
 )
-_GAPS = hypothesis.strategies.sampled_from(
-    ["", "\n", "  # comment = 1\n", "\t\n# [x]\n"]
-)
+_GAPS = hypothesis.strategies.sampled_from(["", "\n", "  # comment = 1\n", "\t\n# [x]\n"])
 
 
 @hypothesis.given(_KEYS, hypothesis.strategies.data())
-def test_the_line_of_a_key_is_true_in_any_file(
-    keys: list[str], data: hypothesis.strategies.DataObject
-) -> None:
+def test_the_line_of_a_key_is_true_in_any_file(keys: list[str], data: hypothesis.strategies.DataObject) -> None:
     text, expected = "", {}
     for key in keys:
         text += data.draw(_GAPS)
         expected[key] = text.count("\n") + 1
         text += f"{json.dumps(key, ensure_ascii=False)} = {data.draw(_VALUES)}{data.draw(_GAPS) or chr(10)}"
-    text = (
-        text
-        if data.draw(hypothesis.strategies.booleans())
-        else text.replace("\n", "\r\n")
-    )
+    text = text if data.draw(hypothesis.strategies.booleans()) else text.replace("\n", "\r\n")
     assert set(tomllib.loads(text)) == set(keys)
     assert proxy.config._key_lines(text) == expected
 
@@ -357,13 +283,10 @@ def test_the_line_of_a_key_is_true_in_any_file(
 
 def test_a_file_that_cannot_be_read(tmp_path: pathlib.Path) -> None:
     missing = tmp_path / "missing.toml"
-    assert (
-        f"config '{missing}' (flag): can't be read: No such file or directory; "
-        in _error(["--config", str(missing)])
+    assert f"config '{missing}' (flag): can't be read: No such file or directory; " in _error(
+        ["--config", str(missing)]
     )
-    assert "(env:PROXY_CONFIG): can't be read: Is a directory; " in _error(
-        [], {"PROXY_CONFIG": str(tmp_path)}
-    )
+    assert "(env:PROXY_CONFIG): can't be read: Is a directory; " in _error([], {"PROXY_CONFIG": str(tmp_path)})
 
 
 def test_a_file_that_is_not_utf_8(tmp_path: pathlib.Path) -> None:
@@ -389,9 +312,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: pathlib.Path) -> None:
         ("listen = '''\n", "is not TOML"),
     ],
 )
-def test_a_file_that_is_not_toml(
-    text: str, problem: str, tmp_path: pathlib.Path
-) -> None:
+def test_a_file_that_is_not_toml(text: str, problem: str, tmp_path: pathlib.Path) -> None:
     error = _error(["--config", _file(tmp_path, text)])
     assert "is not TOML" in error
     assert problem in error
@@ -400,80 +321,42 @@ def test_a_file_that_is_not_toml(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (
-            "client_write_timeot = 5",
-            "'client_write_timeot' ({}:1): unknown; did you mean client_write_timeout?",
-        ),
-        (
-            "client-write-timeout = 5",
-            "'client-write-timeout' ({}:1): unknown; did you mean client_write_timeout?",
-        ),
+        ("client_write_timeot = 5", "'client_write_timeot' ({}:1): unknown; did you mean client_write_timeout?"),
+        ("client-write-timeout = 5", "'client-write-timeout' ({}:1): unknown; did you mean client_write_timeout?"),
         ("'' = 5", "'' ({}:1): unknown; --help lists"),
         ("admin = 'x'", "'admin' ({}:1): is not available in this version"),
         ("config = 'x'", "config 'x' ({}:1): can't be set in the file itself"),
         ("config = 5", "config 5 ({}:1): can't be set in the file itself"),
-        (
-            "workers = true",
-            "workers True ({}:1): is a truth value, and must be a whole number or a string",
-        ),
+        ("workers = true", "workers True ({}:1): is a truth value, and must be a whole number or a string"),
         ("workers = 1.0", "workers 1.0 ({}:1): is a number with a fraction"),
-        (
-            "keepalive_timeout = false",
-            "keepalive_timeout False ({}:1): is a truth value, and must be a number",
-        ),
+        ("keepalive_timeout = false", "keepalive_timeout False ({}:1): is a truth value, and must be a number"),
         ("keepalive_timeout = [1]", "keepalive_timeout [1] ({}:1): is an array"),
         ("keepalive_timeout = 07:32:00", "({}:1): is a date or time"),
-        (
-            "keepalive_timeout = nan",
-            "keepalive_timeout 'nan' ({}:1): is no number of seconds",
-        ),
-        (
-            "keepalive_timeout = -inf",
-            "keepalive_timeout '-inf' ({}:1): is no number of seconds",
-        ),
-        (
-            "keepalive_timeout = -3",
-            "keepalive_timeout '-3' ({}:1): must not be negative",
-        ),
-        (
-            "keepalive_timeout = 1e-9",
-            "keepalive_timeout '0.000000001' ({}:1): is less than a millisecond",
-        ),
+        ("keepalive_timeout = nan", "keepalive_timeout 'nan' ({}:1): is no number of seconds"),
+        ("keepalive_timeout = -inf", "keepalive_timeout '-inf' ({}:1): is no number of seconds"),
+        ("keepalive_timeout = -3", "keepalive_timeout '-3' ({}:1): must not be negative"),
+        ("keepalive_timeout = 1e-9", "keepalive_timeout '0.000000001' ({}:1): is less than a millisecond"),
         ("keepalive_timeout = 1e300", "({}:1): is more than the kernel can count"),
-        (
-            "listen = 8080",
-            "listen 8080 ({}:1): is a whole number, and must be a string; write HOST:PORT",
-        ),
-        (
-            "tls_cert = 5",
-            "tls_cert 5 ({}:1): is a whole number, and must be a string; write a path",
-        ),
+        ("listen = 8080", "listen 8080 ({}:1): is a whole number, and must be a string; write HOST:PORT"),
+        ("tls_cert = 5", "tls_cert 5 ({}:1): is a whole number, and must be a string; write a path"),
         ("max_head_size = -1", "max_head_size '-1' ({}:1): is no number of bytes"),
         ("proxy_name = 'a\\nb'", "proxy_name 'a\\\\nb' ({}:1): can't stand in Via"),
-        (
-            'log_file = ""',
-            "log_file '' ({}:1): is empty; write a path, or - for stderr",
-        ),
+        ('log_file = ""', "log_file '' ({}:1): is empty; write a path, or - for stderr"),
         ('log_file = "a\\u0000b"', "log_file 'a\\x00b' ({}:1): holds a NUL character"),
     ],
 )
-def test_what_a_file_may_not_say(
-    text: str, problem: str, tmp_path: pathlib.Path
-) -> None:
+def test_what_a_file_may_not_say(text: str, problem: str, tmp_path: pathlib.Path) -> None:
     path = _file(tmp_path, text)
     assert problem.format(f"file:{path}") in _error(["--config", path])
 
 
 def test_numbers_of_a_file_may_be_numbers(tmp_path: pathlib.Path) -> None:
     path = _file(
-        tmp_path,
-        "keepalive_timeout = 0\nclient_head_timeout = 1.5\nmax_body_size = 0x100\ndrain_timeout = 1e1\n",
+        tmp_path, "keepalive_timeout = 0\nclient_head_timeout = 1.5\nmax_body_size = 0x100\ndrain_timeout = 1e1\n"
     )
     settings = load_settings(["--config", path], {})
     assert settings.keepalive_timeout is None
-    assert settings.client_head_timeout == Limit(
-        "client_head_timeout", 1.5, f"file:{path}:2"
-    )
+    assert settings.client_head_timeout == Limit("client_head_timeout", 1.5, f"file:{path}:2")
     assert settings.max_body_size == Bound("max_body_size", 256, f"file:{path}:3")
     assert settings.drain_timeout == 10.0
 
@@ -490,14 +373,8 @@ def test_numbers_of_a_file_may_be_numbers(tmp_path: pathlib.Path) -> None:
             ["--client_write_timeout", "1"],
             "option '--client_write_timeout': unknown; did you mean --client-write-timeout?",
         ),
-        (
-            ["--client-write", "1"],
-            "option '--client-write': unknown; did you mean --client-write",
-        ),
-        (
-            ["--rate-limit", "1"],
-            "option '--rate-limit': is not available in this version",
-        ),
+        (["--client-write", "1"], "option '--client-write': unknown; did you mean --client-write"),
+        (["--rate-limit", "1"], "option '--rate-limit': is not available in this version"),
         (["--conf=x"], "option '--conf': unknown; did you mean --config?"),
         (["--=x"], "option '--': unknown"),
         (["--"], "unexpected argument '--'"),
@@ -506,29 +383,17 @@ def test_numbers_of_a_file_may_be_numbers(tmp_path: pathlib.Path) -> None:
             ["--workers", "1", "check"],
             "unexpected argument 'check': options are --name VALUE or --name=VALUE, and a command",
         ),
-        (
-            ["--listen"],
-            "--listen (flag): needs a value; write --listen HOST:PORT|unix:PATH",
-        ),
+        (["--listen"], "--listen (flag): needs a value; write --listen HOST:PORT|unix:PATH"),
         (["--listen", "--workers", "1"], "--listen (flag): needs a value"),
         (["--listen="], "listen '' (flag): is empty"),
-        (
-            ["--listen", "a:1", "--listen=b:2"],
-            "--listen (flag): given twice, 'a:1' and 'b:2'; keep one of them",
-        ),
+        (["--listen", "a:1", "--listen=b:2"], "--listen (flag): given twice, 'a:1' and 'b:2'; keep one of them"),
         (
             ["--log-level", "loud\n\x1b[31m"],
             "log_level 'loud\\n\\x1b[31m' (flag): is none of its values; write debug or",
         ),
         (["--log-level", "x" * 9999], "xxx... (flag): is none of its values"),
-        (
-            ["--log-schema", "ecs"],
-            "log_schema 'ecs' (flag): is not available in this version; write native",
-        ),
-        (
-            ["--log-file", "a\udcffb\0"],
-            "log_file 'a\\udcffb\\x00' (flag): holds a NUL character",
-        ),
+        (["--log-schema", "ecs"], "log_schema 'ecs' (flag): is not available in this version; write native"),
+        (["--log-file", "a\udcffb\0"], "log_file 'a\\udcffb\\x00' (flag): holds a NUL character"),
     ],
 )
 def test_flags_that_are_refused(arguments: list[str], problem: str) -> None:
@@ -537,18 +402,13 @@ def test_flags_that_are_refused(arguments: list[str], problem: str) -> None:
 
 def test_a_value_may_begin_with_a_hyphen() -> None:
     assert load_settings(["--log-file", "-"], {}).log_file == "-"
-    assert "client_read_timeout '-1' (flag): must not be negative" in _error(
-        ["--client-read-timeout", "-1"]
-    )
+    assert "client_read_timeout '-1' (flag): must not be negative" in _error(["--client-read-timeout", "-1"])
 
 
 @pytest.mark.parametrize(
     ("variable", "problem"),
     [
-        (
-            "PROXY_CLIENT_WRITE_TIMOUT",
-            "unknown; did you mean PROXY_CLIENT_WRITE_TIMEOUT?",
-        ),
+        ("PROXY_CLIENT_WRITE_TIMOUT", "unknown; did you mean PROXY_CLIENT_WRITE_TIMEOUT?"),
         ("PROXY_LISTN", "unknown; did you mean PROXY_LISTEN?"),
         ("PROXY_listen", "unknown; did you mean PROXY_LISTEN?"),
         ("PROXY_READ_TIMEOUT", "unknown; did you mean"),
@@ -557,12 +417,8 @@ def test_a_value_may_begin_with_a_hyphen() -> None:
         ("PROXY_RATE_LIMIT", "is not available in this version"),
     ],
 )
-def test_a_variable_that_must_be_meant_for_the_proxy_is_no_silent_loss(
-    variable: str, problem: str
-) -> None:
-    assert f"environment variable '{variable}': {problem}" in _error(
-        [], {variable: "1"}
-    )
+def test_a_variable_that_must_be_meant_for_the_proxy_is_no_silent_loss(variable: str, problem: str) -> None:
+    assert f"environment variable '{variable}': {problem}" in _error([], {variable: "1"})
 
 
 def test_variables_of_others_are_left_alone_and_can_be_listed() -> None:
@@ -596,9 +452,7 @@ def test_a_bad_value_in_the_environment_names_the_variable() -> None:
         "client_write_timeout 'ten' (env:PROXY_CLIENT_WRITE_TIMEOUT): is no number of seconds;"
         " write seconds, such as 10 or 0.5, or none to switch it off"
     )
-    assert "workers '' (env:PROXY_WORKERS): is empty; " in _error(
-        [], {"PROXY_WORKERS": ""}
-    )
+    assert "workers '' (env:PROXY_WORKERS): is empty; " in _error([], {"PROXY_WORKERS": ""})
 
 
 # -- values ----------------------------------------------------------------------------------------------------------
@@ -629,9 +483,7 @@ def test_a_bad_value_in_the_environment_names_the_variable() -> None:
 )
 def test_seconds(text: str, seconds: float | None) -> None:
     limit = load_settings(["--tunnel-timeout", text], {}).tunnel_timeout
-    assert limit == (
-        None if seconds is None else Limit("tunnel_timeout", seconds, "flag")
-    )
+    assert limit == (None if seconds is None else Limit("tunnel_timeout", seconds, "flag"))
 
 
 @pytest.mark.parametrize(
@@ -653,9 +505,7 @@ def test_drain_timeout_is_a_plain_number_and_may_be_nothing() -> None:
 
 @hypothesis.given(hypothesis.strategies.floats(min_value=0.001, max_value=2_147_483))
 def test_seconds_are_not_rounded_on_the_way_from_a_file(seconds: float) -> None:
-    text = proxy.config._text_of(
-        next(o for o in OPTIONS if o.name == "tunnel_timeout"), seconds, "file:x:1"
-    )
+    text = proxy.config._text_of(next(o for o in OPTIONS if o.name == "tunnel_timeout"), seconds, "file:x:1")
     assert proxy.config._parse_seconds(text) == seconds
 
 
@@ -673,28 +523,11 @@ def test_seconds_are_not_rounded_on_the_way_from_a_file(seconds: float) -> None:
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert load_settings(["--max-body-size", text], {}).max_body_size == Bound(
-        "max_body_size", size, "flag"
-    )
+    assert load_settings(["--max-body-size", text], {}).max_body_size == Bound("max_body_size", size, "flag")
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "0",
-        "-1",
-        "1.5k",
-        "64KB",
-        "1e3",
-        "64 KiB ",
-        "64 ",
-        "k",
-        "1t",
-        "9" * 20,
-        "9999999999g",
-        "off",
-        "٣",
-    ],
+    "text", ["0", "-1", "1.5k", "64KB", "1e3", "64 KiB ", "64 ", "k", "1t", "9" * 20, "9999999999g", "off", "٣"]
 )
 def test_what_is_no_size(text: str) -> None:
     assert "max_body_size " in _error(["--max-body-size", text])
@@ -709,12 +542,8 @@ def test_a_head_has_a_least_and_a_largest_size_and_no_off() -> None:
 
 
 def test_numbers() -> None:
-    assert load_settings(["--max-connections", "1"], {}).max_connections == Bound(
-        "max_connections", 1, "flag"
-    )
-    assert load_settings(["--workers", "auto"], {}).workers == len(
-        os.sched_getaffinity(0)
-    )
+    assert load_settings(["--max-connections", "1"], {}).max_connections == Bound("max_connections", 1, "flag")
+    assert load_settings(["--workers", "auto"], {}).workers == len(os.sched_getaffinity(0))
     for text in ("0", "-1", "1025", "two", "1.0", "", "AUTO", "1" * 5000):
         assert "workers " in _error(["--workers", text])
     for text in ("0", "none", "99999999999"):
@@ -739,21 +568,13 @@ def test_numbers() -> None:
 def test_listen(text: str, address: TcpAddress | UnixAddress) -> None:
     settings = load_settings(["--listen", text], {})
     assert settings.listen == address
-    assert (
-        load_settings(
-            ["--listen", str(settings.describe()["listen"]["value"])], {}
-        ).listen
-        == address
-    )
+    assert load_settings(["--listen", str(settings.describe()["listen"]["value"])], {}).listen == address
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (
-            ":8080",
-            "names no address; write 127.0.0.1:8080 for this machine alone, 0.0.0.0:8080 or [::]:8080 for all",
-        ),
+        (":8080", "names no address; write 127.0.0.1:8080 for this machine alone, 0.0.0.0:8080 or [::]:8080 for all"),
         ("*:8080", "names no address; write 127.0.0.1:8080"),
         ("8080", "has no host; write 127.0.0.1:8080"),
         ("localhost", "has no port; write localhost:8080"),
@@ -775,10 +596,7 @@ def test_listen(text: str, address: TcpAddress | UnixAddress) -> None:
         ("/run/p.sock", "has no port; for a unix socket write unix:/run/p.sock"),
         ("unix:", "names no socket"),
         ("unix:/run/", "names no socket"),
-        (
-            "unix://run/p.sock",
-            "has a host; write unix:///run/p.sock, with three slashes",
-        ),
+        ("unix://run/p.sock", "has a host; write unix:///run/p.sock, with three slashes"),
         ("unix:" + "p" * 108, "is a path of 108 octets, and the kernel takes 107"),
         ("unix:" + "é" * 54, "is a path of 108 octets"),
     ],
@@ -795,22 +613,10 @@ def test_listen_refused(text: str, problem: str) -> None:
         ("HTTPS://h/", UpstreamUrl("https", "h", 443, ""), "https://h:443"),
         ("https://[::1]", UpstreamUrl("https", "::1", 443, ""), "https://[::1]:443"),
         ("http://[::1]:81/", UpstreamUrl("http", "::1", 81, ""), "http://[::1]:81"),
-        (
-            "tcp://10.0.0.7:2375",
-            UpstreamUrl("http", "10.0.0.7", 2375, ""),
-            "http://10.0.0.7:2375",
-        ),
+        ("tcp://10.0.0.7:2375", UpstreamUrl("http", "10.0.0.7", 2375, ""), "http://10.0.0.7:2375"),
         ("tcp://h", UpstreamUrl("http", "h", 2375, ""), "http://h:2375"),
-        (
-            "unix:///run/docker.sock",
-            UpstreamUrl("unix", "", 0, "/run/docker.sock"),
-            "unix:///run/docker.sock",
-        ),
-        (
-            "unix:/run/a@b?c#d",
-            UpstreamUrl("unix", "", 0, "/run/a@b?c#d"),
-            "unix:///run/a@b?c#d",
-        ),
+        ("unix:///run/docker.sock", UpstreamUrl("unix", "", 0, "/run/docker.sock"), "unix:///run/docker.sock"),
+        ("unix:/run/a@b?c#d", UpstreamUrl("unix", "", 0, "/run/a@b?c#d"), "unix:///run/a@b?c#d"),
         ("unix:d.sock", UpstreamUrl("unix", "", 0, "d.sock"), "unix:d.sock"),
     ],
 )
@@ -847,14 +653,7 @@ def test_upstream_refused(text: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "http://u:s3cret@h",
-        "http://u:s3/cret@h",
-        "u:s3cret@h:80",
-        "https://s3cret@h/x?y",
-        "s3cret@",
-    ],
+    "text", ["http://u:s3cret@h", "http://u:s3/cret@h", "u:s3cret@h:80", "https://s3cret@h/x?y", "s3cret@"]
 )
 def test_a_password_in_the_upstream_is_refused_and_not_repeated(text: str) -> None:
     error = _error(["--upstream", text])
@@ -882,14 +681,8 @@ def test_the_host_name_becomes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (
-            ["--tls-key", "k"],
-            "tls_key 'k' (flag): has no meaning without --tls-cert; set --tls-cert too",
-        ),
-        (
-            ["--tls-client-ca", "c"],
-            "tls_client_ca 'c' (flag): has no meaning without --tls-cert",
-        ),
+        (["--tls-key", "k"], "tls_key 'k' (flag): has no meaning without --tls-cert; set --tls-cert too"),
+        (["--tls-client-ca", "c"], "tls_client_ca 'c' (flag): has no meaning without --tls-cert"),
         (
             ["--upstream", "https://h", "--upstream-key", "k"],
             "upstream_key 'k' (flag): has no meaning without --upstream-cert",
@@ -898,10 +691,7 @@ def test_the_host_name_becomes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--upstream-ca", "system"],
             "has no meaning for upstream 'unix:///var/run/docker.sock' (default); set an https://",
         ),
-        (
-            ["--upstream-cert", "c", "--upstream", "http://h"],
-            "has no meaning for upstream 'http://h:80' (flag)",
-        ),
+        (["--upstream-cert", "c", "--upstream", "http://h"], "has no meaning for upstream 'http://h:80' (flag)"),
     ],
 )
 def test_options_that_need_others(arguments: list[str], problem: str) -> None:
@@ -909,17 +699,7 @@ def test_options_that_need_others(arguments: list[str], problem: str) -> None:
 
 
 def test_a_certificate_file_may_hold_its_key() -> None:
-    settings = load_settings(
-        [
-            "--tls-cert",
-            "both.pem",
-            "--upstream",
-            "https://h",
-            "--upstream-cert",
-            "both.pem",
-        ],
-        {},
-    )
+    settings = load_settings(["--tls-cert", "both.pem", "--upstream", "https://h", "--upstream-cert", "both.pem"], {})
     assert (settings.tls_cert, settings.tls_key) == ("both.pem", None)
     assert (settings.upstream_cert, settings.upstream_key) == ("both.pem", None)
 
@@ -930,26 +710,19 @@ def test_a_certificate_file_may_hold_its_key() -> None:
 @hypothesis.given(
     hypothesis.strategies.lists(
         hypothesis.strategies.one_of(
-            hypothesis.strategies.sampled_from(
-                [option.flag for option in OPTIONS if option.name != "config"]
-            ),
+            hypothesis.strategies.sampled_from([option.flag for option in OPTIONS if option.name != "config"]),
             hypothesis.strategies.text(max_size=12),
         ),
         max_size=5,
     )
 )
-def test_any_arguments_give_settings_or_one_printable_line(
-    arguments: list[str],
-) -> None:
+def test_any_arguments_give_settings_or_one_printable_line(arguments: list[str]) -> None:
     try:
         settings = load_settings(arguments, {})
     except ConfigError as error:
         refusal = str(error)
     else:
         refusal = ""
-        values = [
-            entry["value"]
-            for entry in json.loads(json.dumps(settings.describe())).values()
-        ]
+        values = [entry["value"] for entry in json.loads(json.dumps(settings.describe())).values()]
         assert all(math.isfinite(value) for value in values if isinstance(value, float))
     assert not refusal or refusal.isprintable()
