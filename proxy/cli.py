@@ -65,7 +65,11 @@ def _run_command(arguments: list[str]) -> int:
         case "demo":
             if options:
                 raise ConfigError(f"demo {options[0]!r}: demo takes no options; leave it out")
-            return run_demo()
+            try:
+                return run_demo()
+            except BrokenPipeError:
+                _forget_output()  # `demo | head`: nobody watches to the end
+                return 1
         case _:
             raise ConfigError(_unknown_command(command))
 
@@ -85,11 +89,15 @@ def _write_out(text: str) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
-        # What is left in the buffer would fail once more, noisily, at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         if not isinstance(error, BrokenPipeError):
             raise ConfigError(f"standard output can't be written: {error.strerror}; check where it goes") from error
     return 0
+
+
+def _forget_output() -> None:
+    """Let the rest of standard output go nowhere: what is in its buffer would fail once more, noisily, at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(width: int) -> str:

@@ -443,6 +443,28 @@ def test_demo_shows_both_pushes_and_keeps_its_promises(program: Program) -> None
     )
 
 
+@pytest.mark.parametrize("leaves", ["Ctrl-C", "reader"])
+def test_demo_that_is_left_leaves_nothing_behind(program: Program, leaves: str) -> None:
+    # Every process of the demo has the pipe for stderr; it ends when the last of them has gone.
+    with subprocess.Popen(
+        [sys.executable, *program.command, "demo"],
+        cwd=program.directory,
+        env=program.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        while b"Pushing" not in process.stdout.readline():
+            assert process.poll() is None
+        if leaves == "Ctrl-C":
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(PATIENCE_S) == (130 if leaves == "Ctrl-C" else 1)
+
+
 def test_demo_fails_when_a_claim_does_not_hold(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
