@@ -41,7 +41,8 @@ class Endpoint:
         "write_event",
     )
 
-    def __init__(self, sock: socket.socket, side: Side, name: str, peer_dead_s: float | None) -> None:
+    def __init__(self, sock: socket.socket, side: Side, name: str, pulse: PeerPulse | None) -> None:
+        """``pulse`` watches over the peer; None for a unix socket, whose peer can't vanish."""
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
@@ -53,7 +54,7 @@ class Endpoint:
         self.write_event = WRITABLE
         self.has_unread = False  # octets that poll does not see
         self.can_splice = HAVE_SPLICE
-        self.pulse = PeerPulse(peer_dead_s) if peer_dead_s is not None and sock.family != socket.AF_UNIX else None
+        self.pulse = pulse
 
     def end_write(self) -> None:
         """Tell the peer that nothing more comes. Raises: OSError."""
@@ -92,11 +93,11 @@ class TlsEndpoint(Endpoint):
         sock: socket.socket,
         side: Side,
         name: str,
-        peer_dead_s: float | None,
+        pulse: PeerPulse | None,
         context: ssl.SSLContext,
         server_hostname: str | None,
     ) -> None:
-        super().__init__(sock, side, name, peer_dead_s)
+        super().__init__(sock, side, name, pulse)
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self.tls = context.wrap_bio(

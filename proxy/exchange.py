@@ -16,14 +16,22 @@ import ssl
 import time
 
 from .aborts import Abort, classify, malformed_request, socket_abort
-from .config import Settings
+from .config import Settings, UnixAddress
 from .docker import error_line
 from .endpoint import READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .fields import ForwardingContext, PreparedRequest, prepare_request, serialize_request
 from .framing import request_framing
 from .grammar import REQUEST_LINE, MalformedMessage
 from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head
-from .kernel import POLLRDHUP, reset_on_close, socket_evidence, unacknowledged_bytes
+from .kernel import (
+    POLLRDHUP,
+    PeerPulse,
+    reset_on_close,
+    socket_evidence,
+    unacknowledged_bytes,
+    unread_bytes,
+    unsent_bytes,
+)
 from .limits import Bound, Limit, Watch
 from .log import EventLog
 from .record import ConnectionNotes, Record, Tally, describe_exception, describe_limit
@@ -66,6 +74,12 @@ class Worker:
     pid: int
     ids: "itertools.count[int]"
     id_prefix: str
+    # What each connection would otherwise have to work out for itself.
+    sections: SectionMemory
+    proxy_name: bytes
+    upstream_host: bytes
+    client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
+    watches_pulse: bool  # whether peers can vanish, and are watched for it
 
     def next_id(self) -> str:
         """Returns: an id no other connection or request has, in this worker or another."""
@@ -88,6 +102,19 @@ def make_worker(
         pid=os.getpid(),
         ids=itertools.count(1),
         id_prefix=os.urandom(6).hex(),
+        sections=SectionMemory(),
+        proxy_name=settings.proxy_name.encode("ascii"),
+        upstream_host=upstream_host(settings.upstream).encode("ascii"),
+        client_limits=any(
+            limit is not None
+            for limit in (
+                settings.client_read_timeout,
+                settings.client_read_deadline,
+                settings.client_write_timeout,
+                settings.client_write_deadline,
+            )
+        ),
+        watches_pulse=settings.peer_dead_timeout is not None and not isinstance(settings.listen, UnixAddress),
     )
 
 
@@ -95,7 +122,6 @@ class ClientConnection:
     """Serves one client connection until it ends. Used by one thread; ``record`` may be read by others."""
 
     __slots__ = (
-        "_client_limits",
         "_close_mode",
         "_context",
         "_memory",
@@ -124,27 +150,21 @@ class ClientConnection:
         self.connection_id = worker.next_id()
         self._notes = ConnectionNotes(self.connection_id, name, worker.pid)
         dead = settings.peer_dead_timeout
-        dead_s = dead.seconds if dead is not None else None
+        pulse = PeerPulse(dead.seconds) if dead is not None and worker.watches_pulse else None
         self.client: AnyEndpoint
         if worker.server_tls is None:
-            self.client = Endpoint(sock, Side.CLIENT, name, dead_s)
+            self.client = Endpoint(sock, Side.CLIENT, name, pulse)
         else:
-            self.client = TlsEndpoint(sock, Side.CLIENT, name, dead_s, worker.server_tls, None)
+            self.client = TlsEndpoint(sock, Side.CLIENT, name, pulse, worker.server_tls, None)
         self.waiter = Waiter(self.client, worker.control, dead)
-        self._memory = SectionMemory()
+        self._memory = SectionMemory(worker.sections)
         self._residue = b""  # read from the client and not yet parsed
         self._context = ForwardingContext(
-            proxy_name=settings.proxy_name.encode("ascii"),
+            proxy_name=worker.proxy_name,
             client_address=address.encode("ascii"),
             scheme=b"http" if worker.server_tls is None else b"https",
-            upstream_host=upstream_host(settings.upstream).encode("ascii"),
+            upstream_host=worker.upstream_host,
         )
-        self._client_limits = (
-            settings.client_read_timeout,
-            settings.client_read_deadline,
-            settings.client_write_timeout,
-            settings.client_write_deadline,
-        ) != (None, None, None, None)
         self.record: Record | None = None
         self.lease: AnyConnection | None = None
         self.served = 0
@@ -443,11 +463,13 @@ class ClientConnection:
 
         Raises: Abort.
         """
+        # How long a peer owes an answer can't be known before this request: look at it only some time later.
+        self.waiter.next_pulse_at = record.first_at + self.waiter.pulse_every_s
         body, self._residue = self._residue, b""
         request_id = record.request_id.encode("ascii")
         head_octets = serialize_request(head, prepared, request_id)
         waiter = self.waiter
-        client_read, client_write = self._client_watches(record, head) if self._client_limits else (None, None)
+        client_read, client_write = self._client_watches(record, head) if self.worker.client_limits else (None, None)
         while True:
             relay = Relay(
                 self.settings,
@@ -617,7 +639,7 @@ class ClientConnection:
     def _mode_after(self, relay: Relay) -> str:
         if relay.tunnel or not relay.request.framing.complete:
             return "linger"
-        return "linger" if relay.close_client else "keep"
+        return "finish" if relay.close_client else "keep"
 
     def _await_delivery(self) -> None:
         """Wait until the client's kernel has acknowledged the whole response, or for a while.
@@ -712,11 +734,15 @@ class ClientConnection:
             return
         if mode == "close":
             return
+        client = self.client
         try:
-            if mode != "cut":
-                self.client.end_write()  # under TLS close_notify, which a cut response must not have
+            if mode != "cut" and not client.can_splice:
+                client.end_write()  # close_notify, which a cut response must not have
                 self._flush_for(time.monotonic() + _ANSWER_S)
-            self.client.sock.shutdown(socket.SHUT_WR)
+            may_send_more = mode in ("linger", "cut") or bool(self._residue)
+            if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):
+                return  # the usual end: nothing is left to read or to send, and closing says so
+            client.sock.shutdown(socket.SHUT_WR)
         except OSError:
             return  # the client has closed already
         if mode != "settle":
@@ -764,8 +790,15 @@ class ClientConnection:
         poller = select.poll()
         poller.register(client.fd, 0)
         dead = self.settings.peer_dead_timeout
-        while unacknowledged_bytes(client.sock):
+        patience = self.settings.client_write_timeout
+        before = 0
+        moved_at = time.monotonic()
+        while waiting := unacknowledged_bytes(client.sock):
             now = time.monotonic()
+            if waiting != before:
+                before, moved_at = waiting, now
+            elif patience is not None and now - moved_at >= patience.seconds:
+                return  # the response is on record; its last octets are given up
             if until is not None and now >= until:
                 return
             if control.ending or (control.draining and now >= control.drain_until):

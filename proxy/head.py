@@ -43,6 +43,9 @@ _READ_FIELDS = frozenset(
         b"x-request-id",
     )
 )
+_CREDENTIALS = frozenset(
+    (b"authorization", b"cookie", b"proxy-authorization", b"set-cookie", b"x-registry-auth", b"x-registry-config")
+)
 _NO_OPTIONS: frozenset[bytes] = frozenset()
 # Without these no recipient could find the end of the message or its host; a Connection option that names one asks the
 # proxy to remove it, and then the two sides of the proxy would see different messages.
@@ -56,7 +59,7 @@ class HeaderSection:
     reads, by lowercase name. ``prepared`` belongs to ``fields``: the section as it goes to the other side.
     """
 
-    __slots__ = ("chunked", "content_length", "fields", "known", "options", "prepared")
+    __slots__ = ("chunked", "content_length", "fields", "has_credentials", "known", "octets", "options", "prepared")
 
     def __init__(self, octets: bytes) -> None:
         """Parse field lines, each ended by CRLF, without the empty line.
@@ -68,11 +71,15 @@ class HeaderSection:
         self.fields: list[tuple[bytes, bytes]] = FIELD_LINE.findall(octets)
         if len(self.fields) > MAX_FIELDS:
             raise MalformedMessage(f"more than {MAX_FIELDS} fields", len(octets), status=431, bound="max_fields")
+        self.octets = octets
+        self.has_credentials = False
         self.known: dict[bytes, list[bytes]] = {}
         for name, value in self.fields:
             lower = name.lower()
             if lower in _READ_FIELDS:
                 self.known.setdefault(lower, []).append(value.strip(b" \t"))
+            elif lower in _CREDENTIALS:
+                self.has_credentials = True
         known = self.known
         self.options = _connection_options(known[b"connection"]) if b"connection" in known else _NO_OPTIONS
         self.content_length = _content_length(known[b"content-length"]) if b"content-length" in known else None
@@ -92,19 +99,29 @@ class HeaderSection:
 
 
 class SectionMemory:
-    """Keeps the last header section of one connection and direction, since peers repeat theirs."""
+    """Keeps the last header section of one connection and direction, since peers repeat theirs.
 
-    __slots__ = ("octets", "section")
+    ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself, too. A
+    section with credentials in it is remembered by its own connection alone, and goes with it.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("octets", "section", "shared")
+
+    def __init__(self, shared: "SectionMemory | None" = None) -> None:
         self.octets: bytes | None = None
         self.section: HeaderSection | None = None
+        self.shared = shared
 
     def parse(self, octets: bytes) -> HeaderSection:
         """Like ``HeaderSection(octets)``, from memory where it is the same as last time."""
         if octets == self.octets and self.section is not None:
             return self.section
-        section = HeaderSection(octets)
+        shared = self.shared
+        section = shared.section if shared is not None else None
+        if section is None or section.octets != octets:
+            section = HeaderSection(octets)
+            if shared is not None and not section.has_credentials:
+                shared.section = section  # one store: another thread sees the old or the new
         self.octets = octets
         self.section = section
         return section
@@ -194,7 +211,8 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
 def check_partial_head(octets: bytes, start: int = 0) -> None:
     """Find what is wrong with the beginning of a head whose end has not come, so that nobody waits for it.
 
-    ``start`` says how many octets have been checked before: a head that comes octet by octet would take quadratic time without it.
+    ``start`` says how many octets have been checked before: without it, a head that comes octet by octet would take
+    quadratic time.
     Raises: MalformedMessage.
     """
     if octets[:1] == b"\x16":
@@ -205,9 +223,10 @@ def check_partial_head(octets: bytes, start: int = 0) -> None:
 
 
 def _find_stray(octets: bytes, start: int = 0) -> int | None:
-    """Returns: where the first octet is that can't be in a head, complete or not; a CR at the end may still get its LF."""
+    """Returns: where the first octet is that no head can hold, None without one; a CR at the end may still get its LF."""
     match = CLEAN_OCTETS.match(octets, start)
-    at = start if match is None else match.end()
+    assert match is not None  # the pattern takes an empty sequence too
+    at = match.end()
     return None if at == len(octets) or octets[at:] == b"\r" else at
 
 
@@ -246,7 +265,8 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
 def _explain_section(octets: bytes) -> MalformedMessage:
     """Say what is wrong with a header section that does not match, and where."""
     match = FIELD_LINES.match(octets)
-    at = match.end() if match else 0
+    assert match is not None  # the pattern takes an empty sequence too
+    at = match.end()
     rest = octets[at:]
     line = rest.split(b"\r\n", 1)[0]
     stray = _find_stray(line)
@@ -296,10 +316,10 @@ def _content_length(values: list[bytes]) -> int:
 
 
 def _chunked(values: list[bytes]) -> bool:
-    """True, since all but a single ``chunked`` is refused: RFC 9112 §6.1 knows no other coding that every recipient must have.
+    """True, as all but a single ``chunked`` is refused: it is the one coding that every recipient has (RFC 9112 §6.1).
 
-    The list rule would allow ``chunked,`` and an empty second field too (RFC 9110 §5.6.1). Fields are relayed as they came, and half of the parsers
-    behind us read neither as ``chunked``: some answer 501, some take the coding as unknown, and then the body has no end they could agree on.
+    ``chunked,`` or an empty second field would pass as lists (RFC 9110 §5.6.1). Fields are relayed as they came, and to
+    a parser that compares the whole value they are another coding than ``chunked``, or none.
     """
     if len(values) == 1 and values[0].lower() == b"chunked":
         return True

@@ -21,6 +21,7 @@ POLLRDHUP: int = getattr(select, "POLLRDHUP", 0)
 
 # tcp(7): SIOCOUTQ has the number of TIOCOUTQ.
 _SIOCOUTQ = termios.TIOCOUTQ
+_SIOCOUTQNSD = 0x894B
 _COUNT = struct.Struct("=i")
 # linux/tcp.h. Python 3.11 has no name for it; since Linux 6.15, else ENOPROTOOPT.
 _TCP_RTO_MAX_MS = 44
@@ -174,6 +175,32 @@ def unacknowledged_bytes(sock: socket.socket) -> int | None:
     Source: SIOCOUTQ, tcp(7). The page says "unsent"; the kernel counts what is in flight too.
     """
     return None if sock.family == socket.AF_UNIX else _output_queue(sock)
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """Count the bytes written to a TCP socket that the kernel has not sent once.
+
+    What was sent is retransmitted after ``close``, too; what was not waits for a window that may stay closed for long.
+    Returns: bytes; 0 where there is no such count. Raises: OSError if the socket is closed.
+    Source: SIOCOUTQNSD, linux/sockios.h.
+    """
+    return _count(sock, _SIOCOUTQNSD)
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """Count the bytes received and not read yet. Raises: OSError if the socket is closed. Source: FIONREAD, tcp(7)."""
+    return _count(sock, termios.FIONREAD)
+
+
+def _count(sock: socket.socket, request: int) -> int:
+    octets = bytearray(_COUNT.size)
+    try:
+        fcntl.ioctl(sock.fileno(), request, octets)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
+            return 0  # a unix socket, or not Linux
+        raise
+    return int(_COUNT.unpack(octets)[0])
 
 
 def acknowledged_progress(sock: socket.socket) -> int | None:

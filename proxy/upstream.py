@@ -23,7 +23,7 @@ from .aborts import socket_abort
 from .config import Settings, UpstreamUrl
 from .endpoint import WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .head import SectionMemory
-from .kernel import prepare_socket
+from .kernel import PeerPulse, prepare_socket
 from .tls import UpstreamContext
 from .vocabulary import Operation, Phase, Side
 
@@ -95,13 +95,14 @@ class _LeasedConnection:
         self._wait = wait
         self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
         dead = self.settings.peer_dead_timeout
-        dead_s = dead.seconds if dead is not None else None
+        pulse = PeerPulse(dead.seconds) if dead is not None and self.url.scheme != "unix" else None
         if isinstance(self.sock, TlsEndpoint):
             endpoint: AnyEndpoint = self.sock
             endpoint.name = self.name
+            endpoint.pulse = pulse
             self._shake_hands(self.sock, wait)
         else:
-            endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, dead_s)
+            endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, pulse)
         self.endpoint = endpoint
         self.memory = SectionMemory()
         self._probe = select.poll()

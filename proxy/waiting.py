@@ -93,7 +93,7 @@ class Waiter:
         self._upstream_fd = -1
         self._upstream_events = 0
         self.pulse_every_s = min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
-        self.next_pulse_at = 0.0
+        self.next_pulse_at = time.monotonic() + self.pulse_every_s
 
     def forget_upstream(self) -> None:
         """The upstream socket is gone, or goes back into its pool."""
