@@ -37,6 +37,7 @@ class Endpoint:
         "read_event",
         "side",
         "sock",
+        "unflushed",
         "write",
         "write_event",
     )
@@ -53,6 +54,7 @@ class Endpoint:
         self.read_event = READABLE
         self.write_event = WRITABLE
         self.has_unread = False  # octets that poll does not see
+        self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
         self.pulse = pulse
 
@@ -265,7 +267,7 @@ class TlsEndpoint(Endpoint):
         except ssl.SSLError:
             # Want-read: the peer's own close_notify has not come, and need not.
             pass
-        self.flush()
+        self.unflushed = not self.flush()
 
     def close(self) -> None:
         """Close the socket; close_notify is the caller's decision, as without it a cut message can't look whole."""

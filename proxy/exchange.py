@@ -362,7 +362,7 @@ class ClientConnection:
                 break
             record.head_read = min(len(octets), max_size.value)
             try:
-                check_partial_head(octets if head_end < 0 else octets[: head_end + 4])
+                check_partial_head(octets if head_end < 0 else octets[: head_end + 4], scanned_from)
             except MalformedMessage as error:
                 raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
             if len(octets) >= max_size.value:
@@ -486,7 +486,8 @@ class ClientConnection:
             relay.client_read_watch = client_read
             relay.client_write_watch = client_write
             record.relay = relay
-            connection = self.worker.pool.lease()
+            pool = self.worker.pool  # a reload may put another in its place meanwhile
+            connection = pool.lease()
             self.lease = connection
             reused = connection.is_open
             if not reused:
@@ -511,7 +512,7 @@ class ClientConnection:
                 self._drop_lease()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
                 continue
-            self._return_lease(relay, connection)
+            self._return_lease(relay, connection, pool)
             return
 
     def _client_watches(self, record: Record, head: RequestHead) -> tuple[Watch | None, Watch | None]:
@@ -571,14 +572,14 @@ class ClientConnection:
         finally:
             waiter.forget_upstream()
 
-    def _return_lease(self, relay: Relay, connection: AnyConnection) -> None:
+    def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
         upstream = connection.endpoint
         assert upstream is not None
         self.waiter.forget_upstream()
         self.lease = None
         if relay.upstream_usable and relay.request.finished and not relay.tunnel and not upstream.has_unread:
-            self.worker.pool.release(connection)
+            pool.release(connection)
             return
         self._say_goodbye(upstream)
         connection.close()

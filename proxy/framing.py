@@ -123,8 +123,8 @@ class ConnectionFraming(LengthFraming):
 
 
 _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
-# A recipient that merges trailers into the header section must not find other framing, another host, options of a connection, or an address of the
-# client that we would have dropped from a head (RFC 9110 §6.5.1).
+# A recipient that merges trailers into the header section must not find other framing there, another host, options of
+# the connection, or what a client says of its own address and we drop from heads (RFC 9110 §6.5.1).
 _NEVER_IN_TRAILERS = frozenset(
     (
         b"connection",
@@ -237,8 +237,9 @@ class ChunkedFraming:
         return at
 
     def _hold(self, part: Octets, octet: int) -> None:
-        """Keep the beginning of a line. Refuse one that can have no good end: nobody shall wait for it, and a peer that ends lines in other ways
-        shall not get it."""
+        """Keep the beginning of a line, unless it can have no good end: nobody should wait for that, and a peer behind
+        us that ends its lines in other ways should not get it.
+        """
         if PART_OF_LINE.fullmatch(part) is None or self.line[-1:] == b"\r":
             raise MalformedMessage("a control character in chunked framing", octet, part)
         line = self.line
@@ -249,7 +250,7 @@ class ChunkedFraming:
         elif self.state == _DATA_END:
             if line != b"\r":
                 raise MalformedMessage("a chunk longer than its size", octet, line)
-        elif self.trailer_size + len(line) > self.max_trailer_size:
+        elif self.trailer_size + len(line) > self.max_trailer_size and line != b"\r":
             raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
 
     def _take_trailer_line(self, line: bytes, octet: int) -> None:

@@ -223,7 +223,7 @@ def check_partial_head(octets: bytes, start: int = 0) -> None:
 
 
 def _find_stray(octets: bytes, start: int = 0) -> int | None:
-    """Returns: where the first octet is that no head can hold, None without one; a CR at the end may still get its LF."""
+    """Returns: where the first octet is that no head holds, None without one; a CR at the end may still get its LF."""
     match = CLEAN_OCTETS.match(octets, start)
     assert match is not None  # the pattern takes an empty sequence too
     at = match.end()

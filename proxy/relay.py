@@ -181,7 +181,6 @@ class Relay:
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
         self.awaiting_continue = False
-        self._flush_tls = False
         # Watches exist only for limits that are set; most exchanges have none.
         self.client_read_watch: Watch | None = None
         self.client_write_watch: Watch | None = None
@@ -297,15 +296,17 @@ class Relay:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
                     due_at = 0.0
-            if self._flush_tls:
+            if client.unflushed:
                 client_events |= WRITABLE
+            if upstream.unflushed:
                 upstream_events |= WRITABLE
             if waiter.watches:
                 self._set_watches(now, client_events, upstream_events)
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
-            if self._flush_tls:
-                # Both; a short loop by polls that return at once is all this costs, and it happens once in a tunnel.
-                self._flush_tls = not (self._flush_endpoint(client) and self._flush_endpoint(upstream))
+            if client.unflushed and client_ready & WRITABLE:
+                self._flush_endpoint(client)
+            if upstream.unflushed and upstream_ready & WRITABLE:
+                self._flush_endpoint(upstream)
             # Upstream first: where both have something to say, an answer that is whole makes the client's end none of
             # our business.
             if upstream_ready or (due_at is not None and upstream.has_unread):
@@ -519,7 +520,6 @@ class Relay:
             else:
                 try:
                     upstream.end_write()
-                    self._flush_tls = not upstream.flush()
                 except OSError as error:
                     self._break_request(self._abort(upstream, Operation.WRITE, error), now)
 
@@ -745,7 +745,6 @@ class Relay:
             if self.tunnel:
                 try:
                     client.end_write()
-                    self._flush_tls = not client.flush()
                 except OSError as error:
                     raise self._abort(client, Operation.WRITE, error) from error
 
@@ -863,9 +862,9 @@ class Relay:
         self._release_pipe(self.request)
         self._release_pipe(self.response)
 
-    def _flush_endpoint(self, endpoint: AnyEndpoint) -> bool:
+    def _flush_endpoint(self, endpoint: AnyEndpoint) -> None:
         try:
-            return endpoint.flush()
+            endpoint.unflushed = not endpoint.flush()
         except OSError as error:
             raise self._abort(endpoint, Operation.WRITE, error) from error
 

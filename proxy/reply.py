@@ -3,6 +3,7 @@ prints.
 """
 
 import json
+import time
 
 from .aborts import Abort
 
@@ -53,6 +54,7 @@ def error_response(
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         "Cache-Control: no-store",
+        f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
         f"Proxy-Status: {proxy_status}",
         f"X-Request-Id: {request_id}",
         "Connection: close",

@@ -239,7 +239,9 @@ class WorkerProcess:
             return
         self.worker.server_tls = server_tls
         if upstream_tls is not None:
-            self.worker.pool = upstream_pool(self.settings, upstream_tls)
+            # Connections on lease find the old pool closed when they come back, and are closed then.
+            old, self.worker.pool = self.worker.pool, upstream_pool(self.settings, upstream_tls)
+            old.close()
         self.log.event("info", "server.reload", message="log reopened, certificates read anew", pid=os.getpid())
 
     def _dump(self) -> None:
