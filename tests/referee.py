@@ -3,7 +3,9 @@
 Both say what they read as a ``Reading``, so that a test compares values.
 """
 
+import collections.abc
 import dataclasses
+import time
 import typing
 
 import h11
@@ -217,3 +219,22 @@ def _h11_reading(connection: h11.Connection) -> Reading:
         if isinstance(event, h11.Request | h11.Response):
             reading.minor = 0 if event.http_version == b"1.0" else 1
             reading.fields = _trimmed(event.headers.raw_items())
+
+
+def check_linear(make: collections.abc.Callable[[int], collections.abc.Callable[[], object]], size: int) -> None:
+    """Assert that work of 16 times the size takes nothing like the 256 times as long of a quadratic algorithm.
+
+    ``make(size)`` returns the work. CPU time of this thread alone is compared, and the best of several runs: a loaded
+    machine makes both sides slower, and can't make one of them look quadratic.
+    """
+    best = []
+    for count in (size, 16 * size):
+        work = make(count)
+        times = []
+        for _ in range(3):
+            began = time.thread_time_ns()
+            work()
+            times.append(time.thread_time_ns() - began)
+        best.append(min(times))
+    # Below 50 µs the clock and the call itself are what is measured.
+    assert best[1] < 64 * max(best[0], 50_000), f"{size}: {best[0]} ns, 16 times that: {best[1]} ns"
