@@ -10,6 +10,7 @@ import errno
 import select
 import socket
 import ssl
+import typing
 
 from .kernel import HAVE_SPLICE, PeerPulse
 from .vocabulary import Side
@@ -25,7 +26,7 @@ _CIPHERTEXT_READ = 256 * 1024
 
 
 class Endpoint:
-    """A plain connected socket. ``read`` and ``write`` are the socket's own methods, so that they cost no frame."""
+    """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost no frame."""
 
     __slots__ = (
         "can_splice",
@@ -35,6 +36,7 @@ class Endpoint:
         "pulse",
         "read",
         "read_event",
+        "read_into",
         "side",
         "sock",
         "unflushed",
@@ -50,6 +52,7 @@ class Endpoint:
         self.side = side
         self.name = name
         self.read: collections.abc.Callable[[int], bytes] = sock.recv
+        self.read_into: collections.abc.Callable[[memoryview], int] = sock.recv_into
         self.write: collections.abc.Callable[[bytes | bytearray | memoryview], int] = sock.send
         self.read_event = READABLE
         self.write_event = WRITABLE
@@ -114,6 +117,7 @@ class TlsEndpoint(Endpoint):
         self._batch_reported = 0
         self.can_splice = False
         self.read = self._read
+        self.read_into = self._read_into
         self.write = self._write
 
     # What urllib3 asks of a socket.
@@ -159,44 +163,48 @@ class TlsEndpoint(Endpoint):
             self._incoming.write_eof()
 
     def _read(self, size: int) -> bytes:
-        """Read up to ``size`` octets of plaintext; b"" at close_notify.
+        """Read up to ``size`` octets of plaintext. As ``_read_into``."""
+        buffer = bytearray(size)
+        return bytes(memoryview(buffer)[: self._read_into(memoryview(buffer))])
 
-        Raises: BlockingIOError if there are none yet; ssl.SSLEOFError where the connection ended without
-        close_notify; OSError.
+    def _read_into(self, buffer: memoryview) -> int:
+        """Read plaintext into ``buffer``, as many records as it takes and there are.
+
+        Returns: the number of octets; 0 at close_notify.
+        Raises: BlockingIOError if there are none yet; ssl.SSLEOFError where the connection ended without close_notify;
+        OSError.
         """
-        parts = []
+        size = len(buffer)
         have = 0
         if self._decrypted:
-            parts.append(self._decrypted)
-            have = len(self._decrypted)
-            self._decrypted = b""
-        self.has_unread = False
+            have = min(size, len(self._decrypted))
+            buffer[:have] = self._decrypted[:have]
+            self._decrypted = self._decrypted[have:]
+        read = self.tls.read
         while have < size:
             try:
-                octets = self.tls.read(size - have)
+                # Into a buffer it returns a number, which its type stub does not know.
+                count = typing.cast(int, read(size - have, typing.cast(bytearray, buffer[have:])))
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     self.flush()  # an answer to a key update
                 if have:
-                    break
+                    self.has_unread = False
+                    return have
+                self.has_unread = False
                 self._receive()
                 continue
             except ssl.SSLZeroReturnError:
-                octets = b""  # close_notify after we sent ours
+                count = 0  # close_notify after we sent ours
             except ssl.SSLError:
                 if have:
-                    self.has_unread = True  # the same error comes again at the next read
-                    break
+                    break  # the same error comes again at the next read
                 raise
-            if not octets:
-                if have:
-                    self.has_unread = True
+            if not count:
                 break
-            parts.append(octets)
-            have += len(octets)
-        else:
-            self.has_unread = True
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            have += count
+        self.has_unread = have > 0
+        return have
 
     def _write(self, octets: bytes | bytearray | memoryview) -> int:
         """Write plaintext. As with OpenSSL itself, a call that took less than all must be repeated with the octets

@@ -70,6 +70,7 @@ class Flow:
     """One direction of an exchange."""
 
     __slots__ = (
+        "buffer",
         "bulk",
         "content_before",
         "dechunk",
@@ -101,6 +102,7 @@ class Flow:
         self.mark: Mark = (0, 0, 0, b"")
         self.dechunk = False  # only content is on the way
         self.bulk = False  # the last read filled what it was given
+        self.buffer: tuple[bytearray, memoryview] | None = None  # used again and again by a flow in bulk
         self.pipe: SplicePipe | None = None
         self.read = 0  # octets of this request, head and framing included, that crossed the source's socket
         self.written = 0  # and the sink's
@@ -109,6 +111,13 @@ class Flow:
         self.tail: bytes | None = None  # the last octets read, where somebody wants to know
         self.last_read_at: float | None = None
         self.last_written_at: float | None = None
+
+    def bulk_buffer(self) -> tuple[bytearray, memoryview]:
+        """Returns: the flow's large buffer and a view of it, made when it is first wanted."""
+        if self.buffer is None:
+            octets = bytearray(_BULK_BUFFER)
+            self.buffer = octets, memoryview(octets)
+        return self.buffer
 
     @property
     def pending(self) -> bool:
@@ -235,7 +244,7 @@ class Relay:
         request.octets = head
         request.end = request.fed_from = len(head)
         if body and request.framing is not NO_BODY:
-            self._take_request_octets(body, len(head))
+            self._take_request_octets(body, len(body), len(head))
         elif body:
             self.residue = body
         if self.prepared.expects_continue and request.framing is not NO_BODY and request.read == 0:
@@ -373,24 +382,24 @@ class Relay:
 
     # -- client to upstream ------------------------------------------------------------------------
 
-    def _take_request_octets(self, octets: bytes, held: int = 0) -> None:
-        """Feed what the client sent, and put what belongs to this request on the way; ``held`` octets of head are
-        there already.
+    def _take_request_octets(self, octets: bytes | bytearray, count: int, held: int = 0) -> None:
+        """Feed the ``count`` octets that the client sent, and put what belongs to this request on the way.
+
+        ``held`` octets of head are there already.
         """
         request = self.request
         framing = request.framing
         request.mark = framing.mark
         content = framing.content
         try:
-            stop = framing.feed(octets, 0, len(octets))
+            stop = framing.feed(octets, 0, count)
         except MalformedMessage as error:
-            request.read += len(octets)
+            request.read += count
             request.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_request(error, Phase.REQUEST_BODY, self.bounds) from error
         request.read += stop
-        if stop < len(octets):
-            self.residue = octets[stop:]
-            octets = octets[:stop]
+        if stop < count:
+            self.residue = bytes(octets[stop:count])
         bound = self.settings.max_body_size
         if bound is not None and framing.content > bound.value and not self.tunnel:
             request.content_before -= framing.content - content
@@ -403,12 +412,12 @@ class Relay:
                 detail=f"the body is larger than {bound.value:,} bytes",
             )
         if held:
-            request.octets = bytes(request.octets) + octets
-            request.end = len(request.octets)
+            request.octets = bytes(request.octets) + octets[:stop]
+            request.end = held + stop
         else:
             request.octets = octets
             request.start = request.fed_from = 0
-            request.end = len(octets)
+            request.end = stop
 
     def _read_client(self, ready: int, now: float, allow_half_close: bool) -> None:
         """Read from the client what its request still lacks; notice its end in any case."""
@@ -452,24 +461,30 @@ class Relay:
         if self._can_splice(request):
             self._splice(request, now)
             return
+        octets: bytes | bytearray
         try:
-            octets = client.read(_FIRST_READ if not request.bulk else _BULK_BUFFER)
+            if request.bulk:
+                octets, view = request.bulk_buffer()
+                count = client.read_into(view)
+            else:
+                octets = client.read(_FIRST_READ)
+                count = len(octets)
         except BlockingIOError:
             return
         except OSError as error:
             raise self._abort(client, Operation.READ, error) from error
         request.last_read_at = now
-        if not octets:
+        if not count:
             self._request_source_ended(now)
             return
         self.awaiting_continue = False
         self.body_reads += 1
-        request.bulk = len(octets) >= _FIRST_READ
+        request.bulk = count >= _FIRST_READ
         if self.client_read_watch is not None:
             self.client_read_watch.progress(now)
         if self.tunnel_watch is not None:
             self.tunnel_watch.progress(now)
-        self._take_request_octets(octets)
+        self._take_request_octets(octets, count)
         self._flush_request(now)
 
     def _request_source_ended(self, now: float) -> None:
@@ -537,29 +552,35 @@ class Relay:
         if self.response_head is not None and self._can_splice(response):
             self._splice(response, now)
             return
+        octets: bytes | bytearray
         try:
-            octets = upstream.read(_FIRST_READ if not response.bulk else _BULK_BUFFER)
+            if response.bulk:
+                octets, view = response.bulk_buffer()
+                count = upstream.read_into(view)
+            else:
+                octets = upstream.read(_FIRST_READ)
+                count = len(octets)
         except BlockingIOError:
             return
         except OSError as error:
             if self.broken is not None:
                 raise self.broken from self.broken.original
             raise self._abort(upstream, Operation.READ, error) from error
-        if not octets:
+        if not count:
             self._response_source_ended(now)
             return
         response.last_read_at = now
         if self.first_byte_at is None:
             self.first_byte_at = now
         if self.response_head is None:
-            self._take_head_octets(octets, now)
+            self._take_head_octets(bytes(octets), now)  # no copy: a flow is in bulk only after its head
         else:
-            response.bulk = len(octets) >= _FIRST_READ
+            response.bulk = count >= _FIRST_READ
             if self.upstream_read_watch is not None:
                 self.upstream_read_watch.progress(now)
             if self.tunnel_watch is not None:
                 self.tunnel_watch.progress(now)
-            self._take_response_octets(octets)
+            self._take_response_octets(octets, count)
             self._flush_response(now)
 
     def _response_source_ended(self, now: float) -> None:
@@ -670,7 +691,7 @@ class Relay:
             self.upstream_read_watch.start(now)
         self._head_from = response.written
         self._queue_head(serialize_response(head, prepared, connection, self.request_id))
-        self._take_response_octets(rest, appended=True)
+        self._take_response_octets(rest, len(rest), appended=True)
         self._flush_response(now)
 
     def _queue_head(self, octets: bytes) -> None:
@@ -682,38 +703,42 @@ class Relay:
         response.start = 0
         response.end = response.fed_from = len(octets)
 
-    def _take_response_octets(self, octets: bytes, *, appended: bool = False) -> None:
-        """Feed what upstream sent, and put what belongs to this response on the way; ``appended``: behind its head."""
+    def _take_response_octets(self, octets: bytes | bytearray, count: int, *, appended: bool = False) -> None:
+        """Feed the ``count`` octets that upstream sent, and put what belongs to this response on the way.
+
+        ``appended``: behind its head, which is there already.
+        """
         response = self.response
         framing = response.framing
-        if not octets and appended:
+        if not count:
             return
         response.mark = framing.mark
         content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
         try:
-            stop = framing.feed(octets, 0, len(octets), contents)
+            stop = framing.feed(octets, 0, count, contents)
         except MalformedMessage as error:
-            response.read += len(octets)
+            response.read += count
             response.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
         response.read += stop
-        if stop < len(octets):
+        if stop < count:
             # Octets behind the end of a response belong to nothing we asked for.
             self.upstream_usable = False
             self._note("upstream", "excess")
-            octets = octets[:stop]
-        if response.tail is not None:
-            response.tail = octets[-3:] if len(octets) >= 3 else (response.tail + octets)[-3:]
+        if response.tail is not None and stop:
+            last = bytes(octets[max(0, stop - 3) : stop])
+            response.tail = last if stop >= 3 else (response.tail + last)[-3:]
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
+            stop = len(octets)
         if appended:
-            response.octets = bytes(response.octets) + octets if octets else response.octets
+            response.octets = bytes(response.octets) + octets[:stop]
             response.end = len(response.octets)
         else:
             response.octets = octets
             response.start = response.fed_from = 0
-            response.end = len(octets)
+            response.end = stop
 
     def _flush_response(self, now: float) -> None:
         response, client = self.response, self.client
@@ -775,11 +800,11 @@ class Relay:
             self._watch(self.tunnel_watch, Side.PROXY, Operation.READ)
         self._head_from = response.written
         self._queue_head(serialize_response(head, prepared, connection, self.request_id))
-        self._take_response_octets(rest, appended=True)
+        self._take_response_octets(rest, len(rest), appended=True)
         self._flush_response(now)
         if self.residue:
             octets, self.residue = self.residue, b""
-            self._take_request_octets(octets)
+            self._take_request_octets(octets, len(octets))
             self._flush_request(now)
 
     def _can_splice(self, flow: Flow) -> bool:
