@@ -29,7 +29,7 @@ from .waiting import FAILED, HUNG_UP, TimedWatch, Waiter
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 _FIRST_READ = 64 * 1024
-_BULK_BUFFER = 256 * 1024
+_BULK_BUFFER = 512 * 1024
 # Below this, two system calls through a pipe cost more than copying (scripts/bench measures both).
 _SPLICE_MIN = 128 * 1024
 _SPLICE_AT_ONCE = 1024 * 1024
