@@ -122,7 +122,7 @@ class ConnectionFraming(LengthFraming):
         self.content += count
 
 
-_SIZE, _DATA, _DATA_END, _TRAILER = range(4)
+_CHUNK_SIZE, _CHUNK_DATA, _CHUNK_END, _TRAILER = range(4)
 # A recipient that merges trailers into the header section must not find other framing there, another host, options of
 # the connection, or what a client says of its own address and we drop from heads (RFC 9110 §6.5.1).
 _NEVER_IN_TRAILERS = frozenset(
@@ -159,7 +159,7 @@ class ChunkedFraming:
     ends_with_connection = False
 
     def __init__(self, max_trailer_size: int = 65536) -> None:
-        self.state = _SIZE
+        self.state = _CHUNK_SIZE
         self.remaining = 0
         self.content = 0
         self.complete = False
@@ -171,7 +171,7 @@ class ChunkedFraming:
     @property
     def between_chunks(self) -> bool:
         """Whether what has passed ends exactly where a chunk could begin."""
-        return self.state == _SIZE and not self.line
+        return self.state == _CHUNK_SIZE and not self.line
 
     @property
     def mark(self) -> Mark:
@@ -198,11 +198,11 @@ class ChunkedFraming:
         """
         at = start
         while at < end and not self.complete:
-            if self.state == _DATA:
+            if self.state == _CHUNK_DATA:
                 count = end - at
                 if count >= self.remaining:
                     count = self.remaining
-                    self.state = _DATA_END
+                    self.state = _CHUNK_END
                 if contents is not None:
                     contents.append((at, at + count))
                 self.remaining -= count
@@ -221,16 +221,16 @@ class ChunkedFraming:
                 raise MalformedMessage(
                     "a line feed without its carriage return in chunked framing", line_end - start, line[-32:]
                 )
-            if self.state == _SIZE:
+            if self.state == _CHUNK_SIZE:
                 match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
                 if match is None or len(line) > MAX_CHUNK_LINE:
                     raise MalformedMessage("not a chunk size", at - start, line)
                 self.remaining = int(match[1], 16)
-                self.state = _DATA if self.remaining else _TRAILER
-            elif self.state == _DATA_END:
+                self.state = _CHUNK_DATA if self.remaining else _TRAILER
+            elif self.state == _CHUNK_END:
                 if len(line) != 2:
                     raise MalformedMessage("a chunk longer than its size", at - start, line)
-                self.state = _SIZE
+                self.state = _CHUNK_SIZE
             else:
                 self._take_trailer_line(bytes(line), at - start)
             at = line_end + 1
@@ -244,10 +244,10 @@ class ChunkedFraming:
             raise MalformedMessage("a control character in chunked framing", octet, part)
         line = self.line
         line += part
-        if self.state == _SIZE:
+        if self.state == _CHUNK_SIZE:
             if len(line) > MAX_CHUNK_LINE or PART_OF_CHUNK_LINE.fullmatch(line) is None:
                 raise MalformedMessage("not a chunk size", octet, line)
-        elif self.state == _DATA_END:
+        elif self.state == _CHUNK_END:
             if line != b"\r":
                 raise MalformedMessage("a chunk longer than its size", octet, line)
         elif self.trailer_size + len(line) > self.max_trailer_size and line != b"\r":
@@ -270,14 +270,14 @@ class ChunkedFraming:
 
     def opaque(self) -> int:
         """Returns: how many of the next octets are content whatever they are: what is left of the chunk."""
-        return self.remaining if self.state == _DATA else 0
+        return self.remaining if self.state == _CHUNK_DATA else 0
 
     def skip(self, count: int) -> None:
         """Take ``count`` opaque octets as passed."""
         self.remaining -= count
         self.content += count
         if not self.remaining:
-            self.state = _DATA_END
+            self.state = _CHUNK_END
 
 
 Framing = NoBody | LengthFraming | ConnectionFraming | ChunkedFraming
