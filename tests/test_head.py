@@ -478,7 +478,7 @@ def test_shared_memory_is_shared_but_for_credentials() -> None:
 
 # Time.
 
-_BUSY_SECTIONS = {
+_BUSY_SECTIONS: dict[str, collections.abc.Callable[[int], bytes]] = {
     "spaces": lambda n: b"X:" + b" " * n + b"\r\n",
     "colons": lambda n: b"X" + b":" * n + b"\r\n",
     "connection commas": lambda n: b"Connection:" + b"," * n + b"\r\n",
