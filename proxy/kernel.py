@@ -351,7 +351,7 @@ class SplicePipe:
         Returns: how many; 0 at the end of the stream.
         Raises: BlockingIOError if the socket has none or the pipe has no slot; OSError.
         """
-        moved = os.splice(source_fd, self._write_fd, count, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
+        moved = os.splice(source_fd, self._write_fd, count, flags=os.SPLICE_F_NONBLOCK)
         self.held += moved
         return moved
 
@@ -360,7 +360,8 @@ class SplicePipe:
 
         Returns: how many octets. Raises: BlockingIOError if it takes none; OSError.
         """
-        moved = os.splice(self._read_fd, sink_fd, self.held, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
+        # Without SPLICE_F_MORE: it would hold the last packet back for 0.2 s, TCP_NODELAY or not (docs/kernel.md).
+        moved = os.splice(self._read_fd, sink_fd, self.held, flags=os.SPLICE_F_NONBLOCK)
         self.held -= moved
         return moved
 
