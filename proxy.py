@@ -1417,7 +1417,7 @@ class SplicePipe:
         Returns: how many; 0 at the end of the stream.
         Raises: BlockingIOError if the socket has none or the pipe has no slot; OSError.
         """
-        moved = os.splice(source_fd, self._write_fd, count, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
+        moved = os.splice(source_fd, self._write_fd, count, flags=os.SPLICE_F_NONBLOCK)
         self.held += moved
         return moved
 
@@ -1426,7 +1426,8 @@ class SplicePipe:
 
         Returns: how many octets. Raises: BlockingIOError if it takes none; OSError.
         """
-        moved = os.splice(self._read_fd, sink_fd, self.held, flags=os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK)
+        # Without SPLICE_F_MORE: it would hold the last packet back for 0.2 s, TCP_NODELAY or not (docs/kernel.md).
+        moved = os.splice(self._read_fd, sink_fd, self.held, flags=os.SPLICE_F_NONBLOCK)
         self.held -= moved
         return moved
 
@@ -3925,7 +3926,7 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 
-# --- proxy/relay.py, line 30 ---
+# --- proxy/relay.py, line 31 ---
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 _FIRST_READ = 64 * 1024
@@ -4372,6 +4373,10 @@ class Relay:
         except BlockingIOError:
             return
         except OSError as error:
+            if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
+                # All that upstream had to say was delivered, its end included. Many clients then close without close_notify.
+                self._request_source_ended(now)
+                return
             raise self._abort(client, Operation.READ, error) from error
         request.last_read_at = now
         if not count:
@@ -5218,6 +5223,8 @@ class Record:
                 begin = f"{who} reset the connection {where} and {ended}{detail}"
             case Cause.REFUSED | Cause.UNREACHABLE | Cause.DNS:
                 begin = f"{who} could not be reached ({abort.cause}: {why}), which {ended}"
+            case Cause.TLS if isinstance(abort.original, ssl.SSLEOFError):
+                begin = f"{who} cut the TLS connection without close_notify {where} and {ended}"
             case Cause.TLS:
                 begin = f"TLS with {who} failed {where} ({why}), which {ended}"
             case Cause.PROTOCOL:
@@ -6143,7 +6150,7 @@ Decides which thread serves a connection and how many there may be. What happens
 """
 
 
-# --- proxy/server.py, line 18 ---
+# --- proxy/server.py, line 19 ---
 
 # A thread that has nothing to do waits in accept; more than this many would only take memory.
 _MAX_IDLE_THREADS = 64
@@ -6207,8 +6214,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             try:
                 request, address = self.get_request()
             except OSError as error:
-                if self._stopped:
-                    break
+                if self._stopped or error.errno == errno.EINVAL:
+                    break  # the listener was shut: by this worker, or by another one that shares it
                 # EMFILE and its kin pass when others close something; a connection that ended in the queue is no
                 # error at all.
                 if not isinstance(error, ConnectionError):

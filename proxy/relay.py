@@ -12,6 +12,7 @@ Invariant: octets are read from a source only when all read before have been wri
 import os
 import select
 import socket
+import ssl
 import time
 
 from .aborts import Abort, malformed_request, malformed_response, socket_abort
@@ -472,6 +473,10 @@ class Relay:
         except BlockingIOError:
             return
         except OSError as error:
+            if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
+                # All that upstream had to say was delivered, its end included. Many clients then close without close_notify.
+                self._request_source_ended(now)
+                return
             raise self._abort(client, Operation.READ, error) from error
         request.last_read_at = now
         if not count:

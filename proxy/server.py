@@ -5,6 +5,7 @@ Decides which thread serves a connection and how many there may be. What happens
 ``exchange``.
 """
 
+import errno
 import http.server
 import os
 import socket
@@ -77,8 +78,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             try:
                 request, address = self.get_request()
             except OSError as error:
-                if self._stopped:
-                    break
+                if self._stopped or error.errno == errno.EINVAL:
+                    break  # the listener was shut: by this worker, or by another one that shares it
                 # EMFILE and its kin pass when others close something; a connection that ended in the queue is no
                 # error at all.
                 if not isinstance(error, ConnectionError):

@@ -5,8 +5,8 @@
     scripts/amalgamate.py --check    exit 1 if proxy.py is not what would be written
     scripts/amalgamate.py --locate N print module:line of line N of proxy.py, as a traceback names it
 
-What the package must keep to so that this works is checked, and told with file and line: imports of siblings only as ``from .module import
-Name``, other imports only as ``import module``, top-level names unique over the package.
+What the package must keep to so that this works is checked, and told with file and line: imports of siblings only as
+``from .module import Name``, other imports only as ``import module``, top-level names unique over the package.
 """
 
 import ast
