@@ -26,6 +26,8 @@ import time
 import types
 import typing
 
+from harness import wait_until
+
 # Debian's packages, and a file of each that the tests run.
 PACKAGES = {
     "docker.io": "/usr/sbin/dockerd",
@@ -34,7 +36,6 @@ PACKAGES = {
     "util-linux": "/usr/bin/unshare",
 }
 _READY_WITHIN_S = 60.0
-_POLL_EVERY_S = 0.02
 
 # On a machine without systemd nobody has mounted control groups, and runc wants some. Done in the namespace's own
 # mounts, so that nothing stays behind.
@@ -67,16 +68,6 @@ def missing_parts() -> str | None:
     return f"missing Debian packages: {' '.join(absent)}" if absent else None
 
 
-def wait_until(condition: collections.abc.Callable[[], bool], what: str, within_s: float = 10.0) -> float:
-    """Wait for a condition. Returns: the seconds it took. Raises: TimeoutError, saying what was waited for."""
-    began_at = time.monotonic()
-    while not condition():
-        if time.monotonic() - began_at > within_s:
-            raise TimeoutError(f"{what}: not within {within_s:g} s")
-        time.sleep(_POLL_EVERY_S)
-    return time.monotonic() - began_at
-
-
 def clean_environment(**extra: str) -> dict[str, str]:
     """Returns: the environment without what would change where or how a docker client or daemon connects."""
     proxies = {"http_proxy", "https_proxy", "all_proxy", "no_proxy"}
@@ -106,16 +97,20 @@ def running(marker: str) -> list[int]:
     return [pid for pid, _, line in processes() if marker in line]
 
 
-class Address(typing.NamedTuple):
-    """Where something listens: a path, or host and port.
+class Identity(typing.NamedTuple):
+    """Files for a client of mutual TLS: whom to trust, and its certificate with its key."""
 
-    ``tls`` is a directory with ``ca.pem``, and ``cert.pem`` and ``key.pem`` for a client.
-    """
+    ca: str
+    certificate: str
+
+
+class Address(typing.NamedTuple):
+    """Where something listens: a path, or host and port, and for TLS what a client needs."""
 
     path: str | None
     host: str = ""
     port: int = 0
-    tls: str | None = None
+    tls: Identity | None = None
 
     @property
     def docker_host(self) -> str:
@@ -131,7 +126,11 @@ class Address(typing.NamedTuple):
         """Returns: a plain connection. Raises: OSError."""
         if self.path:
             sock = socket.socket(socket.AF_UNIX)
-            sock.connect(self.path)
+            try:
+                sock.connect(self.path)
+            except OSError:
+                sock.close()
+                raise
             return sock
         return socket.create_connection((self.host, self.port), 5)
 
@@ -188,8 +187,8 @@ class _Process:
             return ready()
 
         try:
-            wait_until(ready_or_ended, f"{self.name} ready", _READY_WITHIN_S)
-        except TimeoutError as error:
+            wait_until(ready_or_ended, _READY_WITHIN_S, f"{self.name}, ready,")
+        except AssertionError as error:
             error.add_note(self.log()[-4000:])
             raise
 
@@ -398,6 +397,9 @@ class DockerCli:
     path: str
     version: str
 
+    def __str__(self) -> str:
+        return f"docker-{self.version}"
+
     @property
     def major(self) -> int:
         """The first number of its version."""
@@ -415,8 +417,8 @@ class DockerCli:
         """Returns: the command line that sends ``arguments`` to ``address``."""
         tls: list[str] = []
         if address.tls:
-            files = {"cacert": "ca", "cert": "cert", "key": "key"}
-            tls = ["--tlsverify", *(f"--tls{name}={address.tls}/{file}.pem" for name, file in files.items())]
+            files = {"cacert": address.tls.ca, "cert": address.tls.certificate, "key": address.tls.certificate}
+            tls = ["--tlsverify", *(f"--tls{name}={path}" for name, path in files.items())]
         return [self.path, *tls, "-H", address.docker_host, *arguments]
 
 
