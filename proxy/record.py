@@ -386,7 +386,7 @@ class Record:
             what = what[:300] + "..."
         duration_s = now - self.first_at
         counts = self.bytes()
-        client, upstream = f"client {self.about.client}", f"upstream {self.upstream or 'not reached'}"
+        client, upstream = f"client {self.about.client}", f"upstream {self.upstream or self._upstream_setting()}"
         who = {Side.CLIENT: client, Side.UPSTREAM: upstream, Side.PROXY: "the proxy"}[abort.side]
         detail = f" ({abort.detail})" if abort.detail else ""
         limit = f"{abort.limit}" if abort.limit is not None else "a limit"
@@ -430,12 +430,16 @@ class Record:
             return f"{begin}; nothing of it went upstream"
         return f"{begin}: {self._progress(abort, counts, client, upstream)}"
 
+    def _upstream_setting(self) -> str:
+        """Returns: where upstream should have been, for a request that did not get there."""
+        return str(self.relay.settings.upstream) if self.relay is not None else "not asked"
+
     def _progress(self, abort: Abort, counts: dict[str, int], client: str, upstream: str) -> str:
         relay = self.relay
         if abort.phase is Phase.REQUEST_HEAD:
             return f"{counts['client_read']:,} bytes of the request head had come from {client}"
         if relay is None or relay.upstream is None:
-            return f"nothing of it had reached upstream; {client}"
+            return f"nothing of it had reached upstream from {client}"
         if abort.phase is Phase.TUNNEL:
             there, back = counts["request_body"], counts["response_body"]
             return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"

@@ -25,7 +25,7 @@ from .endpoint import WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .head import SectionMemory
 from .kernel import PeerPulse, prepare_socket
 from .tls import UpstreamContext
-from .vocabulary import Operation, Phase, Side
+from .vocabulary import Cause, Operation, Phase, Side
 
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
@@ -131,7 +131,10 @@ class _LeasedConnection:
             self.name = endpoint_name(sock, self.url.path if self.url.scheme == "unix" else None)
             return sock
         assert first_error is not None  # getaddrinfo gives at least one address, or raises
-        raise socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error) from first_error
+        abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error)
+        if abort.cause is Cause.UNREACHABLE and self.url.scheme == "unix":
+            abort.error_type = "destination_unavailable"  # no address is involved that could be unroutable
+        raise abort from first_error
 
     def _addresses(self) -> list[tuple[int, typing.Any]]:
         url = self.url
