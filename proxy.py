@@ -286,8 +286,8 @@ class HeaderSection:
 class SectionMemory:
     """Keeps the last header section of one connection and direction, since peers repeat theirs.
 
-    ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself, too. A
-    section with credentials in it is remembered by its own connection alone, and goes with it.
+    ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself,
+    too. A section with credentials in it is remembered by its own connection alone, and goes with it.
     """
 
     __slots__ = ("octets", "section", "shared")
@@ -2959,7 +2959,9 @@ _CIPHERTEXT_READ = 256 * 1024
 
 
 class Endpoint:
-    """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost no frame."""
+    """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost
+    no frame.
+    """
 
     __slots__ = (
         "can_splice",
@@ -4377,7 +4379,8 @@ class Relay:
             return
         except OSError as error:
             if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
-                # All that upstream had to say was delivered, its end included. Many clients then close without close_notify.
+                # All that upstream had to say was delivered, its end included. Many clients then close without
+                # close_notify.
                 self._request_source_ended(now)
                 return
             raise self._abort(client, Operation.READ, error) from error

@@ -26,7 +26,9 @@ _CIPHERTEXT_READ = 256 * 1024
 
 
 class Endpoint:
-    """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost no frame."""
+    """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost
+    no frame.
+    """
 
     __slots__ = (
         "can_splice",

@@ -101,8 +101,8 @@ class HeaderSection:
 class SectionMemory:
     """Keeps the last header section of one connection and direction, since peers repeat theirs.
 
-    ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself, too. A
-    section with credentials in it is remembered by its own connection alone, and goes with it.
+    ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself,
+    too. A section with credentials in it is remembered by its own connection alone, and goes with it.
     """
 
     __slots__ = ("octets", "section", "shared")

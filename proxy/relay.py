@@ -474,7 +474,8 @@ class Relay:
             return
         except OSError as error:
             if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
-                # All that upstream had to say was delivered, its end included. Many clients then close without close_notify.
+                # All that upstream had to say was delivered, its end included. Many clients then close without
+                # close_notify.
                 self._request_source_ended(now)
                 return
             raise self._abort(client, Operation.READ, error) from error

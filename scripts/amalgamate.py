@@ -142,7 +142,7 @@ def amalgamate() -> str:
             owners[name] = module.name
     init = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     version = next(
-        node.value.value
+        str(node.value.value)
         for node in init.body
         if isinstance(node, ast.Assign)
         and isinstance(node.value, ast.Constant)

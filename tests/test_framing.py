@@ -6,7 +6,6 @@ import h11
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from referee import check_linear
 
 from proxy.framing import (
     ENDLESS,
@@ -20,6 +19,7 @@ from proxy.framing import (
 )
 from proxy.grammar import MAX_CHUNK_LINE, MAX_FIELDS, MalformedMessage
 from proxy.head import HeaderSection
+from referee import check_linear
 
 _REST = b"GET / HTTP/1.1\r\n"
 _ODD = [b"\r", b"\n", b"\r\n", b"\x00", b" ", b";", b'"', b"0", b"5", b"x", b":"]

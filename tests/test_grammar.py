@@ -6,7 +6,6 @@ import string
 import typing
 
 import pytest
-from referee import check_linear
 
 import proxy.grammar
 from proxy.grammar import (
@@ -26,6 +25,7 @@ from proxy.grammar import (
     TOKEN,
     MalformedMessage,
 )
+from referee import check_linear
 
 _ALNUM = string.ascii_letters + string.digits
 _TCHAR = frozenset((_ALNUM + "!#$%&'*+-.^_`|~").encode())

@@ -5,7 +5,6 @@ import collections.abc
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from referee import check_linear, codec_request, codec_response, h11_request, h11_response
 
 from proxy.grammar import MAX_FIELDS, MalformedMessage
 from proxy.head import (
@@ -15,6 +14,7 @@ from proxy.head import (
     parse_request_head,
     parse_response_head,
 )
+from referee import check_linear, codec_request, codec_response, h11_request, h11_response
 
 Work = collections.abc.Callable[[], object]
 

@@ -1,6 +1,7 @@
 """Every byte string of the corpus, read by the codec, by the referee, and by a running proxy."""
 
 import pytest
+
 from referee import Reading, codec_request, codec_response, h11_request, h11_response
 from smuggling_corpus import REQUESTS, RESPONSES, Accept, Case, Refuse
 
