@@ -31,19 +31,22 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 # How long one line may wait for a pipe whose reader does not read.
 _PATIENCE_S = 1.0
 
-_second_prefix: tuple[int, str] = (0, "")
+# The second for which the text was made, in nanoseconds, and the text.
+_known_second: tuple[int, str] = (0, "")
 
 
 def timestamp() -> str:
     """Returns: now, as RFC 3339 in UTC with milliseconds."""
-    global _second_prefix  # a new tuple each second; a torn read is not possible
+    global _known_second  # a new tuple each second; a torn read is not possible
     now_ns = time.time_ns()
-    second, rest = divmod(now_ns, 1_000_000_000)
-    known = _second_prefix
-    if known[0] != second:
-        known = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
-        _second_prefix = known
-    return f"{known[1]}.{rest // 1_000_000:03d}Z"
+    begin_ns, text = _known_second
+    rest_ns = now_ns - begin_ns
+    if not 0 <= rest_ns < 1_000_000_000:
+        rest_ns = now_ns % 1_000_000_000
+        begin_ns = now_ns - rest_ns
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(begin_ns // 1_000_000_000))
+        _known_second = begin_ns, text
+    return f"{text}.{rest_ns // 1_000_000:03d}Z"
 
 
 class RecordFormatter(_BaseFormatter):  # type: ignore[misc]  # the class has two homes, and types in one of them only

@@ -83,6 +83,7 @@ class Flow:
         "last_written_at",
         "mark",
         "octets",
+        "pending",
         "pipe",
         "read",
         "sink",
@@ -99,6 +100,7 @@ class Flow:
         self.octets: bytes | bytearray = b""  # on the way: [start:end]
         self.start = 0
         self.end = 0
+        self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
         self.mark: Mark = (0, 0, 0, b"")
         self.dechunk = False  # only content is on the way
@@ -120,10 +122,29 @@ class Flow:
             self.buffer = octets, memoryview(octets)
         return self.buffer
 
-    @property
-    def pending(self) -> bool:
-        """Whether octets are on the way."""
-        return self.start < self.end or (self.pipe is not None and self.pipe.held > 0)
+    def push(self, now: float, watch: Watch | None) -> None:
+        """Write what is on the way to the sink, as far as it takes it.
+
+        Raises: BlockingIOError while it takes no more; OSError.
+        """
+        sink, pipe = self.sink, self.pipe
+        assert sink is not None
+        if pipe is not None:
+            while pipe.held:
+                self.written += pipe.drain(sink.fd)
+                self.last_written_at = now = time.monotonic()
+                if watch is not None:
+                    watch.progress(now)
+        start, end, octets = self.start, self.end, self.octets
+        if start < end:
+            whole = start == 0 and end == len(octets)
+            count = sink.write(octets if whole else memoryview(octets)[start:end])
+            self.start = start = start + count
+            self.written += count
+            self.last_written_at = now
+            if watch is not None:
+                watch.progress(now)
+        self.pending = start < end
 
     def relayed_content(self) -> int:
         """Returns: the octets of content that were written to the sink."""
@@ -244,6 +265,7 @@ class Relay:
             self._watch(self.upstream_read_watch, Side.UPSTREAM, Operation.READ)
         request.octets = head
         request.end = request.fed_from = len(head)
+        request.pending = True
         if body and request.framing is not NO_BODY:
             self._take_request_octets(body, len(body), len(head))
         elif body:
@@ -419,6 +441,7 @@ class Relay:
             request.octets = octets
             request.start = request.fed_from = 0
             request.end = stop
+            request.pending = stop > 0
 
     def _read_client(self, ready: int, now: float, allow_half_close: bool) -> None:
         """Read from the client what its request still lacks; notice its end in any case."""
@@ -514,37 +537,24 @@ class Relay:
 
     def _flush_request(self, now: float) -> None:
         """Write what is on the way to upstream. A failure is kept: the answer may be in our receive buffer already."""
-        request, upstream = self.request, self.upstream
-        assert upstream is not None
+        request = self.request
         try:
-            if request.pipe is not None and request.pipe.held:
-                self._drain_pipe(request, upstream)
-            if request.start < request.end:
-                octets = request.octets
-                whole = request.start == 0 and request.end == len(octets)
-                count = upstream.write(octets if whole else memoryview(octets)[request.start : request.end])
-                request.start += count
-                request.written += count
-                request.last_written_at = now
-                if self.upstream_write_watch is not None:
-                    self.upstream_write_watch.progress(now)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._break_request(self._abort(upstream, Operation.WRITE, error), now)
-            return
-        if not request.pending and request.framing.complete and not request.finished:
+            request.push(now, self.upstream_write_watch)
+            if request.pending or not request.framing.complete or request.finished:
+                return
             request.finished = True
             self._release_pipe(request)
             if not self.tunnel:
                 self.sent_at = time.monotonic()
-            else:
-                try:
-                    upstream.end_write()
-                except OSError as error:
-                    self._break_request(self._abort(upstream, Operation.WRITE, error), now)
+            elif self.upstream is not None:
+                self.upstream.end_write()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            assert self.upstream is not None
+            self._break_request(self._abort(self.upstream, Operation.WRITE, error))
 
-    def _break_request(self, abort: Abort, now: float) -> None:
+    def _break_request(self, abort: Abort) -> None:
         """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
         self.broken = abort
         self.upstream_usable = False
@@ -708,6 +718,7 @@ class Relay:
         response.octets = octets
         response.start = 0
         response.end = response.fed_from = len(octets)
+        response.pending = True
 
     def _take_response_octets(self, octets: bytes | bytearray, count: int, *, appended: bool = False) -> None:
         """Feed the ``count`` octets that upstream sent, and put what belongs to this response on the way.
@@ -745,39 +756,24 @@ class Relay:
             response.octets = octets
             response.start = response.fed_from = 0
             response.end = stop
+            response.pending = stop > 0
 
     def _flush_response(self, now: float) -> None:
-        response, client = self.response, self.client
+        """Write what is on the way to the client. Raises: Abort."""
+        response = self.response
         try:
-            if response.pipe is not None and response.pipe.held:
-                self._drain_pipe(response, client)
-            if response.start < response.end:
-                octets = response.octets
-                whole = response.start == 0 and response.end == len(octets)
-                count = client.write(octets if whole else memoryview(octets)[response.start : response.end])
-                response.start += count
-                response.written += count
-                response.last_written_at = now
-                if self.client_write_watch is not None:
-                    self.client_write_watch.progress(now)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise self._abort(client, Operation.WRITE, error) from error
-        if (
-            self.response_head is not None
-            and not response.pending
-            and response.framing.complete
-            and not response.finished
-        ):
+            response.push(now, self.client_write_watch)
+            if response.pending or not response.framing.complete or self.response_head is None or response.finished:
+                return
             response.finished = True
             self.last_byte_at = time.monotonic()
             self._release_pipe(response)
             if self.tunnel:
-                try:
-                    client.end_write()
-                except OSError as error:
-                    raise self._abort(client, Operation.WRITE, error) from error
+                self.client.end_write()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise self._abort(self.client, Operation.WRITE, error) from error
 
     # -- both ways ---------------------------------------------------------------------------------
 
@@ -858,6 +854,7 @@ class Relay:
                 self._response_source_ended(now)
             return
         flow.framing.skip(count)
+        flow.pending = True
         flow.read += count
         flow.last_read_at = now
         if self.tunnel_watch is not None:
@@ -871,17 +868,6 @@ class Relay:
             if self.upstream_read_watch is not None:
                 self.upstream_read_watch.progress(now)
             self._flush_response(now)
-
-    def _drain_pipe(self, flow: Flow, sink: AnyEndpoint) -> None:
-        """Write what the pipe holds. Raises: BlockingIOError while the socket takes no more; OSError."""
-        pipe = flow.pipe
-        assert pipe is not None
-        watch = self.client_write_watch if flow is self.response else self.upstream_write_watch
-        while pipe.held:
-            flow.written += pipe.drain(sink.fd)
-            flow.last_written_at = time.monotonic()
-            if watch is not None:
-                watch.progress(flow.last_written_at)
 
     def _release_pipe(self, flow: Flow) -> None:
         if flow.pipe is not None:
