@@ -65,7 +65,11 @@ def missing_parts() -> str | None:
     if os.geteuid() != 0:
         return "a docker daemon of our own needs root"
     absent = [package for package, path in PACKAGES.items() if not os.path.exists(path)]
-    return f"missing Debian packages: {' '.join(absent)}" if absent else None
+    if absent:
+        return f"missing Debian packages: {' '.join(absent)}"
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
+        return "this root may not make mount namespaces (CAP_SYS_ADMIN)"
+    return None
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
@@ -293,21 +297,22 @@ class Registry(_Process):
         shutil.rmtree(self.directory)
 
 
-class RateLimitedRelay:
-    """A TCP relay that lets so many bytes a second through towards its target, over all connections.
+class Link:
+    """A TCP relay that counts what passes, and may let only so many bytes a second through towards its target.
 
-    The way back is not limited.
+    Counts and rate are those of all connections together. The way back is never slow.
     """
 
     _CHUNK = 16 * 1024
     _BUFFER = 64 * 1024
 
-    def __init__(self, target: Address, bytes_per_s: float) -> None:
+    def __init__(self, target: Address, bytes_per_s: float | None = None) -> None:
         self.target = target
         self.bytes_per_s = bytes_per_s
         self.forwarded_bytes = 0
+        self.returned_bytes = 0
         self._next_at = time.monotonic()
-        self._lock = threading.Lock()  # guards forwarded_bytes, _next_at, _open and _threads
+        self._lock = threading.Lock()  # guards the counts, _next_at, _open and _threads
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
@@ -354,7 +359,7 @@ class RateLimitedRelay:
 
     def _serve(self, client: socket.socket, server: socket.socket) -> None:
         server.settimeout(None)
-        back = threading.Thread(target=self._pump, args=(server, client, None), daemon=True)
+        back = threading.Thread(target=self._pump, args=(server, client, self._count_returned), daemon=True)
         back.start()
         self._pump(client, server, self._pace)
         back.join()
@@ -363,21 +368,24 @@ class RateLimitedRelay:
         client.close()
         server.close()
 
+    def _count_returned(self, count: int) -> None:
+        with self._lock:
+            self.returned_bytes += count
+
     def _pace(self, count: int) -> None:
         with self._lock:
             self.forwarded_bytes += count
+            if self.bytes_per_s is None:
+                return
             now = time.monotonic()
             self._next_at = max(now, self._next_at) + count / self.bytes_per_s
             wait_s = self._next_at - now
         self._closed.wait(wait_s)
 
-    def _pump(
-        self, source: socket.socket, sink: socket.socket, pace: collections.abc.Callable[[int], None] | None
-    ) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, passing: collections.abc.Callable[[int], None]) -> None:
         try:
             while chunk := source.recv(self._CHUNK):
-                if pace is not None:
-                    pace(len(chunk))
+                passing(len(chunk))
                 sink.sendall(chunk)
             sink.shutdown(socket.SHUT_WR)
         except OSError:

@@ -24,13 +24,14 @@ import docker
 import docker.tls
 import pytest
 import requests.adapters
+
 from conftest import Certificates
 from daemons import (
     Address,
     DockerCli,
     Dockerd,
     Identity,
-    RateLimitedRelay,
+    Link,
     Registry,
     clean_environment,
     docker_clis,
@@ -52,6 +53,7 @@ _PROMPTLY_S = 1.0
 
 _missing = missing_parts()
 pytestmark = [
+    pytest.mark.docker,
     pytest.mark.timeout(180),
     pytest.mark.skipif(_missing is not None, reason=f"no real docker here: {_missing}"),
 ]
@@ -545,13 +547,13 @@ def test_slow_push(
     write_image_tar(tar, busybox=False, blob_bytes=_PUSH_BYTES)
     _direct(dockerd, "import", str(tar), unique)
     with (
-        RateLimitedRelay(registry.address, _PUSH_BYTES_PER_S) as relay,
+        Link(registry.address, _PUSH_BYTES_PER_S) as link,
         _through(_TCP, cli, dockerd, certificates) as through,
     ):
-        name = f"127.0.0.1:{relay.address.port}/{unique}"
+        name = f"127.0.0.1:{link.address.port}/{unique}"
         through.run("tag", unique, name)
         assert "latest: digest: sha256:" in through.run("push", name).stdout.decode()
-        assert relay.forwarded_bytes > _PUSH_BYTES
+        assert link.forwarded_bytes > _PUSH_BYTES
         record = through.complete(f"/images/.*{unique}/push")
         assert record["status"] == 200
         assert record["duration_s"] > 25
