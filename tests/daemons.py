@@ -491,7 +491,7 @@ def write_image_tar(path: pathlib.Path, *, busybox: bool, blob_bytes: int) -> st
 def read_lines(
     process: subprocess.Popen[bytes], until: collections.abc.Callable[[str], bool], within_s: float = 30.0
 ) -> str:
-    """Read standard output of a process until a line satisfies ``until``.
+    """Read standard output of a process until a whole line satisfies ``until``.
 
     Returns: what was read. Raises: TimeoutError, EOFError.
     """
@@ -501,7 +501,7 @@ def read_lines(
     text = b""
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
-        while not any(until(line) for line in text.decode("utf-8", "replace").splitlines()):
+        while not any(until(line) for line in text.decode("utf-8", "replace").split("\n")[:-1]):
             if not selector.select(max(0.0, ends_at - time.monotonic())):
                 raise TimeoutError(f"not said within {within_s:g} s; so far: {text!r}")
             chunk = os.read(fd, 65536)
