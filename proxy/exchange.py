@@ -52,7 +52,7 @@ _SETTLE_MIN = 64 * 1024
 # Lingering: a client that still sends is read for so long, and so much, that it gets to see the answer (RFC 9112 §9.6).
 _LINGER_S = 10.0
 _LINGER_IDLE_S = 2.0
-_LINGER_BYTES = 16 * 1024 * 1024
+_LINGER_BYTES = 1024 * 1024 * 1024
 # How long the proxy's own answer may wait for a client that does not take it.
 _ANSWER_S = 1.0
 # A connection beyond --max-connections is told so, if it asks within this time.

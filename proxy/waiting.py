@@ -113,7 +113,9 @@ class Waiter:
             self._modify(self.client.fd, READABLE)
             self._client_events = READABLE
         while True:
-            if until is None:
+            if self.drain_seen:
+                ready = self._poll(0)  # the worker drains, and its descriptor is no longer polled for
+            elif until is None:
                 ready = self._poll()
             else:
                 ready = self._poll(max(0, int((until - time.monotonic()) * 1000) + 1))
