@@ -414,6 +414,23 @@ def test_run_with_large_output(through: Through, box: Image, tmp_path: pathlib.P
 
 @_EVERY_CLI
 @_EVERY_WAY
+def test_run_whose_output_is_read_late(through: Through, dockerd: Dockerd, box: Image, unique: str) -> None:
+    """``docker run | less``: the container is gone before its output is read, which waits in buffers by then."""
+    script = f"dd if=/blob bs=1000000 count=1 2>/dev/null && : {unique}"
+    name = ("--name", unique, "--log-driver", "none", "--network", "none")
+    with through.started("run", "--rm", *name, "box", "sh", "-c", script) as run:
+        wait_until(lambda: " container destroy " in _direct_events(dockerd, unique), 20, "the container, gone,")
+        assert run.stdout is not None
+        output = run.stdout.read()
+        assert run.wait(10) == 0
+    with tarfile.open(box.tar) as tar:
+        assert output == _member(tar, "blob", 1_000_000)
+    attach = through.complete(r"/containers/\w+/attach")
+    assert attach["bytes"]["response_body"] > 1_000_000
+
+
+@_EVERY_CLI
+@_EVERY_WAY
 def test_exec(through: Through, containers: Containers) -> None:
     name = containers.make("sleep 600")
     done = through.attempt("exec", "-i", name, "sh", "-c", "cat; echo problem >&2; exit 7", stdin=b"some input\n")
