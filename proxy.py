@@ -3803,11 +3803,15 @@ class Waiter:
 
         Upstream events of 0 leave that socket out altogether: its hang-up is not acted on while its octets wait for
         the client, and would end every wait at once. The client's failure always ends the wait.
+        Client events of -1 leave the client out, in the same way; 0 waits for its failure alone.
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
         if client_events != self._client_events:
-            self._modify(self.client.fd, client_events)
+            if client_events >= 0:
+                self._modify(self.client.fd, client_events)
+            else:
+                self._poller.unregister(self.client.fd)
             self._client_events = client_events
         if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
             self._change_upstream(upstream_fd, upstream_events)
@@ -4110,6 +4114,7 @@ class Relay:
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
+        self.client_hung_up = False  # a unix socket says that much of a FIN: whether it takes more, a write will tell
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
@@ -4218,14 +4223,14 @@ class Relay:
         now = time.monotonic()
         self._flush_request(now)
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
-            client_events = 0 if self.client_fin else POLLRDHUP
+            client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
             due_at = None
             if request.pending:
                 if self.broken is None:
                     upstream_events = upstream.write_event
             elif not request.finished and self.broken is None and not request.framing.complete:
-                client_events |= client.read_event
+                client_events = max(client_events, 0) | client.read_event
                 if client.has_unread:
                     due_at = 0.0
             elif client.has_unread or not client.can_splice:
@@ -4233,13 +4238,13 @@ class Relay:
                 if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
                     client_events |= client.read_event
             if response.pending:
-                client_events |= client.write_event
+                client_events = max(client_events, 0) | client.write_event
             elif not response.finished:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
                     due_at = 0.0
             if client.unflushed:
-                client_events |= WRITABLE
+                client_events = max(client_events, 0) | WRITABLE
             if upstream.unflushed:
                 upstream_events |= WRITABLE
             if waiter.watches:
@@ -4384,9 +4389,11 @@ class Relay:
                     return
         elif not ready & HUNG_UP:
             return
-        if (allow_half_close or self.tunnel) and not ready & select.POLLHUP:
+        if allow_half_close or self.tunnel:
+            if not self.client_fin:
+                self._note("client", "fin")
             self.client_fin = True
-            self._note("client", "fin")
+            self.client_hung_up = bool(ready & select.POLLHUP)
             return
         raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
 
@@ -5333,7 +5340,7 @@ place that asks the kernel for evidence, closes upstream, and answers the client
 """
 
 
-# --- proxy/exchange.py, line 44 ---
+# --- proxy/exchange.py, line 45 ---
 
 _HEAD_READ = 64 * 1024
 # RFC 9110 §9.2.2
@@ -5908,7 +5915,7 @@ class ClientConnection:
             assert relay is not None
             try:
                 if relay.response.written >= _SETTLE_MIN:
-                    self._await_delivery()
+                    self._await_delivery(relay)
             except Abort as late:
                 abort = late
             else:
@@ -5936,31 +5943,34 @@ class ClientConnection:
             return "linger"
         return "finish" if relay.close_client else "keep"
 
-    def _await_delivery(self) -> None:
+    def _await_delivery(self, relay: Relay) -> None:
         """Wait until the client's kernel has acknowledged the whole response, or for a while.
 
         Raises: Abort if the client is lost meanwhile.
         """
-        client = self.client
+        sock = self.client.sock
+        waiter = self.waiter
         until = time.monotonic() + _SETTLE_S
         pause_s = 0.0005
-        self.waiter.watches.clear()
-        self.waiter.phase_of = _response_body_phase
-        while unacknowledged_bytes(client.sock):
+        waiter.watches.clear()
+        phase = Phase.TUNNEL if relay.tunnel else Phase.RESPONSE_BODY
+        waiter.phase_of = lambda side, operation: phase
+        hung_up = False
+        while unacknowledged_bytes(sock):
             now = time.monotonic()
             if now >= until or self.worker.control.draining:
                 return
-            client_ready, _, _ = self.waiter.wait(0, -1, 0, min(until, now + pause_s))
-            if client_ready & FAILED:
-                number = client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                error = OSError(number, os.strerror(number)) if number else None
-                raise Abort(
-                    Side.CLIENT,
-                    Phase.RESPONSE_BODY,
-                    Operation.WRITE,
-                    classify(error) if error is not None else Cause.RESET,
-                    original=error,
-                )
+            # A hang-up is no failure: both sides have ended what they write, and the queue still drains. It would end
+            # each wait at once, so the client is not polled for after it.
+            ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+            hung_up = hung_up or bool(ready & FAILED)
+            if hung_up:
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                info = tcp_info(sock)
+                if number or (info is not None and info.state == "CLOSED" and unacknowledged_bytes(sock)):
+                    error = OSError(number, os.strerror(number)) if number else None
+                    cause = classify(error) if error is not None else Cause.RESET
+                    raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)
             pause_s = min(pause_s * 2, 0.05)
 
     def _tell_client(self, record: Record, abort: Abort) -> None:
@@ -6111,10 +6121,6 @@ class ClientConnection:
 
 def _request_head_phase(side: Side, operation: Operation) -> Phase:
     return Phase.REQUEST_HEAD
-
-
-def _response_body_phase(side: Side, operation: Operation) -> Phase:
-    return Phase.RESPONSE_BODY
 
 
 def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:

@@ -28,6 +28,7 @@ from .kernel import (
     PeerPulse,
     reset_on_close,
     socket_evidence,
+    tcp_info,
     unacknowledged_bytes,
     unread_bytes,
     unsent_bytes,
@@ -614,7 +615,7 @@ class ClientConnection:
             assert relay is not None
             try:
                 if relay.response.written >= _SETTLE_MIN:
-                    self._await_delivery()
+                    self._await_delivery(relay)
             except Abort as late:
                 abort = late
             else:
@@ -642,31 +643,34 @@ class ClientConnection:
             return "linger"
         return "finish" if relay.close_client else "keep"
 
-    def _await_delivery(self) -> None:
+    def _await_delivery(self, relay: Relay) -> None:
         """Wait until the client's kernel has acknowledged the whole response, or for a while.
 
         Raises: Abort if the client is lost meanwhile.
         """
-        client = self.client
+        sock = self.client.sock
+        waiter = self.waiter
         until = time.monotonic() + _SETTLE_S
         pause_s = 0.0005
-        self.waiter.watches.clear()
-        self.waiter.phase_of = _response_body_phase
-        while unacknowledged_bytes(client.sock):
+        waiter.watches.clear()
+        phase = Phase.TUNNEL if relay.tunnel else Phase.RESPONSE_BODY
+        waiter.phase_of = lambda side, operation: phase
+        hung_up = False
+        while unacknowledged_bytes(sock):
             now = time.monotonic()
             if now >= until or self.worker.control.draining:
                 return
-            client_ready, _, _ = self.waiter.wait(0, -1, 0, min(until, now + pause_s))
-            if client_ready & FAILED:
-                number = client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                error = OSError(number, os.strerror(number)) if number else None
-                raise Abort(
-                    Side.CLIENT,
-                    Phase.RESPONSE_BODY,
-                    Operation.WRITE,
-                    classify(error) if error is not None else Cause.RESET,
-                    original=error,
-                )
+            # A hang-up is no failure: both sides have ended what they write, and the queue still drains. It would end
+            # each wait at once, so the client is not polled for after it.
+            ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+            hung_up = hung_up or bool(ready & FAILED)
+            if hung_up:
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                info = tcp_info(sock)
+                if number or (info is not None and info.state == "CLOSED" and unacknowledged_bytes(sock)):
+                    error = OSError(number, os.strerror(number)) if number else None
+                    cause = classify(error) if error is not None else Cause.RESET
+                    raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)
             pause_s = min(pause_s * 2, 0.05)
 
     def _tell_client(self, record: Record, abort: Abort) -> None:
@@ -817,10 +821,6 @@ class ClientConnection:
 
 def _request_head_phase(side: Side, operation: Operation) -> Phase:
     return Phase.REQUEST_HEAD
-
-
-def _response_body_phase(side: Side, operation: Operation) -> Phase:
-    return Phase.RESPONSE_BODY
 
 
 def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:

@@ -200,6 +200,7 @@ class Relay:
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
+        self.client_hung_up = False  # a unix socket says that much of a FIN: whether it takes more, a write will tell
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
@@ -308,14 +309,14 @@ class Relay:
         now = time.monotonic()
         self._flush_request(now)
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
-            client_events = 0 if self.client_fin else POLLRDHUP
+            client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
             due_at = None
             if request.pending:
                 if self.broken is None:
                     upstream_events = upstream.write_event
             elif not request.finished and self.broken is None and not request.framing.complete:
-                client_events |= client.read_event
+                client_events = max(client_events, 0) | client.read_event
                 if client.has_unread:
                     due_at = 0.0
             elif client.has_unread or not client.can_splice:
@@ -323,13 +324,13 @@ class Relay:
                 if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
                     client_events |= client.read_event
             if response.pending:
-                client_events |= client.write_event
+                client_events = max(client_events, 0) | client.write_event
             elif not response.finished:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
                     due_at = 0.0
             if client.unflushed:
-                client_events |= WRITABLE
+                client_events = max(client_events, 0) | WRITABLE
             if upstream.unflushed:
                 upstream_events |= WRITABLE
             if waiter.watches:
@@ -474,9 +475,11 @@ class Relay:
                     return
         elif not ready & HUNG_UP:
             return
-        if (allow_half_close or self.tunnel) and not ready & select.POLLHUP:
+        if allow_half_close or self.tunnel:
+            if not self.client_fin:
+                self._note("client", "fin")
             self.client_fin = True
-            self._note("client", "fin")
+            self.client_hung_up = bool(ready & select.POLLHUP)
             return
         raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
 

@@ -132,11 +132,15 @@ class Waiter:
 
         Upstream events of 0 leave that socket out altogether: its hang-up is not acted on while its octets wait for
         the client, and would end every wait at once. The client's failure always ends the wait.
+        Client events of -1 leave the client out, in the same way; 0 waits for its failure alone.
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
         if client_events != self._client_events:
-            self._modify(self.client.fd, client_events)
+            if client_events >= 0:
+                self._modify(self.client.fd, client_events)
+            else:
+                self._poller.unregister(self.client.fd)
             self._client_events = client_events
         if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
             self._change_upstream(upstream_fd, upstream_events)
