@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,85 @@ def wait_until(
     while not condition():
         assert time.monotonic() < until, f"{what} did not come about in {timeout_s} s"
         time.sleep(0.003)
+
+
+SIDES = ("client", "upstream", "proxy")
+PHASES = ("tls_handshake", "request_head", "connect", "request_body", "response_head", "response_body", "tunnel")
+OPERATIONS = ("read", "write", "connect", "handshake", None)
+CAUSES = (
+    "timeout", "deadline", "dead_peer", "closed", "reset", "refused", "unreachable", "dns", "tls", "protocol", "limit", "forbidden",
+    "unauthorized", "resource", "killed", "shutdown", "internal",
+)  # fmt: skip
+_COUNTS = {"client_read", "client_written", "upstream_read", "upstream_written", "request_body", "response_body"}
+_TIMINGS = ("head", "connected", "request_sent", "first_byte", "last_byte")
+_EVIDENCE = {
+    "unacked_bytes", "notsent_bytes", "retransmits", "rtt_s", "last_ack_s", "last_data_recv_s", "rwnd_limited_s", "busy_s", "state",
+    "verdict",
+}  # fmt: skip
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3,9}Z")
+
+
+def check_record(record: LogRecord) -> None:
+    """Check that a terminal record has all fields of the contract, each of its type and in agreement with the others.
+
+    Raises: AssertionError.
+    """
+    assert _TIME.fullmatch(record["time"]), record["time"]
+    assert record["event"] in TERMINAL
+    assert record["level"] == ("info" if record["event"] == "request.complete" else "warning")
+    assert record["schema_version"] == 1
+    for name in ("message", "request_id", "connection_id", "client"):
+        assert isinstance(record[name], str), name
+        assert record[name], name
+    assert record["message"].isprintable()
+    assert isinstance(record["pid"], int)
+    for name in ("upstream", "method", "target"):
+        assert record[name] is None or isinstance(record[name], str), name
+    assert record["status"] is None or 100 <= record["status"] <= 599
+    assert set(record["bytes"]) == _COUNTS
+    for name, count in record["bytes"].items():
+        assert isinstance(count, int), name
+        assert count >= 0, name
+    assert set(record["expected"]) == {"request_body", "response_body"}
+    assert record["duration_s"] >= 0
+    assert set(record["timing_s"]) <= set(_TIMINGS)
+    for name, moment in record["timing_s"].items():
+        assert 0 <= moment <= record["duration_s"] + 0.01, name
+    if record["event"] == "request.complete":
+        assert "cause" not in record
+        assert record["status"] is not None
+        return
+    assert record["side"] in SIDES
+    assert record["phase"] in PHASES
+    assert record["operation"] in OPERATIONS
+    assert record["cause"] in CAUSES
+    assert record["error_type"] is None or re.fullmatch("[a-z_]+", record["error_type"])
+    if record["side"] == "client" and record["cause"] in ("closed", "reset", "dead_peer"):
+        assert record["error_type"] is None
+    assert record["exception"] is None or isinstance(record["exception"], dict)
+    limit: dict[str, typing.Any] = record.get("limit") or {}
+    if record["cause"] in ("timeout", "deadline", "limit"):
+        assert limit, "no limit is named"
+    if record["cause"] in ("timeout", "deadline"):
+        assert limit["elapsed_s"] >= limit["seconds"] > 0
+    if limit:
+        assert limit["name"] in record["message"]
+        assert ("seconds" in limit) != ("value" in limit)
+        assert re.fullmatch(r"default|flag|env:PROXY_\w+|file:.+:\d+", limit["source"])
+    if record["event"] == "request.reject":
+        return
+    assert isinstance(record["stalled_s"], dict)
+    assert set(record["socket"]) == {"client", "upstream"}
+    for evidence in record["socket"].values():
+        if evidence is not None:
+            assert set(evidence) == _EVIDENCE
+            assert evidence["verdict"] in ("idle", "moving", "paused", "slow_network", "dead")
+    assert len(record["events"]) <= 16
+    moments = [event["t"] for event in record["events"]]
+    assert moments == sorted(moments)
+    for event in record["events"]:
+        assert event["side"] in SIDES
+        assert isinstance(event["what"], str)
 
 
 class ProxyProcess:

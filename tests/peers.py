@@ -186,6 +186,32 @@ class Wire:
             self.sent.add(view[:count])
             view = view[count:]
 
+    def send_until_answered(self, octets: bytes) -> None:
+        """Write octets as long as nothing comes back: who only writes may find an answer destroyed by a reset."""
+        self.sock.setblocking(False)
+        view = memoryview(octets)
+        try:
+            while view:
+                readable, writable, _ = select.select([self.sock], [self.sock], [], PATIENCE_S)
+                if not readable and not writable:
+                    raise TimeoutError("nothing is taken, and nothing comes")
+                try:
+                    if readable:
+                        part = self._receive(_READ)
+                        self.received.add(part)
+                        self._ahead += part
+                        return
+                    count = self._transmit(view[:65536])
+                    self.sent.add(view[:count])
+                    view = view[count:]
+                except BlockingIOError:
+                    continue  # what came was TLS's own, or poll spoke of less room than is needed
+                except ConnectionError:
+                    self.note_end("reset")
+                    return
+        finally:
+            self.sock.settimeout(PATIENCE_S)
+
     def send_in_parts(self, octets: bytes, size: int, pause_s: float) -> None:
         """Write octets a few at a time: a drip. Raises: PeerGone."""
         for at in range(0, len(octets), size):
@@ -217,6 +243,11 @@ class Wire:
         """Say that nothing more comes (FIN; under TLS close_notify), and go on reading."""
         with contextlib.suppress(OSError):  # the other side may have reset it already
             self.sock.shutdown(socket.SHUT_WR)
+
+    def send_and_end(self, octets: bytes) -> None:
+        """Write octets with the end right behind them, under TLS in one segment."""
+        self.send(octets)
+        self.end_write()
 
     def cut_write(self) -> None:
         """Send a FIN, under TLS without the close_notify that belongs before it."""
@@ -391,6 +422,12 @@ class TlsWire(Wire):
         with contextlib.suppress(BlockingIOError):  # goes out with the next octets
             self._flush()
         return taken
+
+    def send_and_end(self, octets: bytes) -> None:
+        """Write octets with close_notify right behind them in one segment."""
+        self.tls.write(octets)
+        self.sent.add(octets)
+        self.end_write()
 
     def end_write(self) -> None:
         """Send close_notify, no FIN."""

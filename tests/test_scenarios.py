@@ -1,0 +1,1206 @@
+"""What happens to a request: one row for each way it can go, with the whole record that must tell it.
+
+A row is what the client does, what upstream does, and the options; each runs over plain TCP, TLS towards the client,
+TLS towards upstream, and unix sockets. Fields on which CONTRACT.md is silent are left open in a row. Octet counts are
+compared with what the peers saw.
+"""
+
+import collections
+import collections.abc
+import contextlib
+import dataclasses
+import functools
+import json
+import select
+import signal
+import socket
+import ssl
+import time
+import typing
+
+import pytest
+
+import harness
+import peers
+from conftest import Certificates
+from peers import Response, Upstream, Wire, answer, answer_and_close, chunk, ok
+
+Seen = Response | list[Response] | None
+ClientScript = collections.abc.Callable[[Wire, "Stage"], Seen]
+
+BODY = bytes(range(256)) * 4
+HUGE = b"0123456789abcdef" * (1024 * 1024)
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+LONG = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
+JSON_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+RAW_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.raw-stream\r\n\r\n"
+SWITCHED = b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+UPGRADE = "Connection: Upgrade\r\nUpgrade: tcp\r\n"
+
+# (towards the client, towards upstream)
+PLAIN = ("plain", "tcp")
+TLS_CLIENT = ("tls", "tcp")
+TLS_UPSTREAM = ("plain", "tls")
+UNIX = ("unix", "unix")
+ALL = (PLAIN, TLS_CLIENT, TLS_UPSTREAM, UNIX)
+# A unix socket has no reset; what comes nearest is an end.
+RESETS = (PLAIN, TLS_CLIENT, TLS_UPSTREAM)
+LIMIT_S = 0.2
+# How much later than its limit an abort may be recorded: this machine may be busy.
+LATE_S = 2.0
+OPEN: typing.Any = object()  # the contract does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One scenario. What the record must say is OPEN where the contract does not."""
+
+    name: str
+    client: ClientScript
+    upstream: peers.Script
+    options: tuple[str, ...] = ()
+    event: str | None = "complete"  # None: no request began
+    status: int | None = OPEN
+    side: str = OPEN
+    phase: str = OPEN
+    operation: str | None = OPEN
+    cause: str = OPEN
+    limit: str | None = None
+    error_type: str | None = OPEN
+    whole: bool | None = None  # whether what the client got looks like a whole message
+    client_end: tuple[str, ...] = ()  # how the client saw its connection end
+    upstream_end: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()  # counts that must equal what the peers saw, besides those that always must
+    body: tuple[int, int] | None = None  # content relayed, both ways
+    records: int = 1  # all but the last are complete
+    over: tuple[tuple[str, str], ...] = ALL
+    url: collections.abc.Callable[[], typing.ContextManager[str]] | None = None  # in place of the upstream's
+    reached: bool | None = True  # whether upstream was; None: open
+    receive_buffer: int | None = None  # of the client
+    within_s: float = 3.0  # from the client's first octet to the end of it all
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Stage:
+    """Proxies and upstreams for all rows: a proxy serves every row with its options."""
+
+    _KEPT = 4
+
+    def __init__(self, certificates: Certificates) -> None:
+        self.certificates = certificates
+        self.client_context = certificates.client_context()
+        tls = certificates.server_context()
+        self.upstreams = {
+            kind: Upstream(
+                peers.silent,
+                kind,
+                tls=tls if kind == "tls" else None,
+                receive_buffer=65536 if kind != "unix" else None,
+                send_buffer=65536 if kind != "unix" else None,
+            )
+            for kind in ("tcp", "tls", "unix")
+        }
+        self._proxies: collections.OrderedDict[tuple[object, ...], harness.ProxyProcess] = collections.OrderedDict()
+        self.upstream: Upstream = self.upstreams["tcp"]
+        self.proxy: harness.ProxyProcess
+
+    def use(self, url: str, towards_client: str, options: tuple[str, ...]) -> harness.ProxyProcess:
+        """Returns: a proxy with these options, started if there is none."""
+        key = (url, towards_client, options)
+        if key in self._proxies:
+            self._proxies.move_to_end(key)
+        else:
+            while len(self._proxies) >= self._KEPT:
+                self._drop(next(iter(self._proxies)))
+            certificate = self.certificates.server
+            more = ["--tls-cert", certificate, "--tls-key", certificate] if towards_client == "tls" else []
+            more += ["--upstream-ca", self.certificates.ca] if url.startswith("https") else []
+            self._proxies[key] = harness.ProxyProcess(
+                url, *options, *more, listen="unix" if towards_client == "unix" else "127.0.0.1:0"
+            )
+        self.proxy = self._proxies[key]
+        return self.proxy
+
+    def _drop(self, key: tuple[object, ...]) -> None:
+        proxy = self._proxies.pop(key)
+        with proxy:
+            pass  # stops it, and checks its balance
+
+    def discard(self) -> None:
+        """Remove the proxy of a row that failed."""
+        for key, proxy in list(self._proxies.items()):
+            if proxy is self.proxy:
+                del self._proxies[key]
+                proxy.kill()
+                proxy.remove()
+
+    def close(self) -> None:
+        """Stop all."""
+        try:
+            while self._proxies:
+                self._drop(next(iter(self._proxies)))
+        finally:
+            for upstream in self.upstreams.values():
+                upstream.close()
+
+
+@pytest.fixture(scope="module")
+def stage(certificates: Certificates) -> collections.abc.Iterator[Stage]:
+    stage = Stage(certificates)
+    yield stage
+    stage.close()
+
+
+# -- what clients do --------------------------------------------------------------------------------------------------
+
+
+def request(octets: bytes, method: str = "GET") -> ClientScript:
+    """Send octets until an answer comes, read one response, if there is one, and see how the connection goes on."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send_until_answered(octets)
+        return _finish(wire, method)
+
+    return script
+
+
+def _finish(wire: Wire, method: str = "GET") -> Response | None:
+    try:
+        response = wire.read_response(method)
+    except peers.PeerGone:
+        return None
+    if not response.whole or response.get("connection") == b"close":
+        wire.await_end()
+    return response
+
+
+def get(target: str = "/", extra: str = "", method: str = "GET", host: str = "test", version: str = "1.1") -> bytes:
+    """Returns: a request without a body."""
+    return f"{method} {target} HTTP/{version}\r\nHost: {host}\r\n{extra}\r\n".encode()
+
+
+def post(body: bytes = BODY, target: str = "/", extra: str = "", length: int | None = None) -> bytes:
+    """Returns: a request with a body, or the part of it that ``body`` is."""
+    size = len(body) if length is None else length
+    return f"POST {target} HTTP/1.1\r\nHost: test\r\nContent-Length: {size}\r\n{extra}\r\n".encode() + body
+
+
+def post_chunked(*chunks: bytes, end: bytes = b"0\r\n\r\n", target: str = "/") -> bytes:
+    """Returns: a request with a chunked body."""
+    head = f"POST {target} HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    return head + b"".join(map(chunk, chunks)) + end
+
+
+def several(*requests: bytes, pipelined: bool = False) -> ClientScript:
+    """Send several requests on one connection, and read a response to each."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        if pipelined:
+            wire.send(b"".join(requests))
+            return [wire.read_response() for _ in requests]
+        responses = []
+        for octets in requests:
+            wire.send(octets)
+            responses.append(wire.read_response())
+        return responses
+
+    return script
+
+
+def leave(octets: bytes, how: str, after: str = "sent") -> ClientScript:
+    """Send octets, then leave: ``fin`` (under TLS with close_notify), ``cut`` (without), ``reset``.
+
+    ``after``: once the octets are ``sent``, upstream has ``seen`` a head, or a response ``head`` or some of its
+    ``body`` has come.
+    """
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send(octets)
+        if after == "seen":
+            upstream = stage.upstream.wire()
+            harness.wait_until(lambda: b"\r\n\r\n" in upstream.received.octets, what="a head at upstream")
+        elif after in ("head", "body"):
+            wire.read_head()
+            if after == "body":
+                wire.read_exactly(4)
+        elif how == "reset":
+            _await_read(wire)  # a reset destroys what was not read yet
+        if how == "reset":
+            wire.reset()
+        else:
+            (wire.end_write if how == "fin" else wire.cut_write)()
+            wire.await_end()
+        return None
+
+    return script
+
+
+def _await_read(wire: Wire) -> None:
+    """Wait until the other side's kernel has all that was sent; that its process has read it shows nowhere."""
+    time.sleep(0.05)
+
+
+def stop_reading(octets: bytes, until_end: bool = True) -> ClientScript:
+    """Send a request and read nothing of its response until the proxy has ended it."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        before = len(stage.proxy.requests())
+        wire.send(octets)
+        stage.proxy.wait_requests(before + 1)
+        wire.await_end()
+        return None
+
+    return script
+
+
+def stop_sending(octets: bytes) -> ClientScript:
+    """Send part of a request and wait for what comes."""
+    return request(octets)
+
+
+def drip(octets: bytes, size: int, pause_s: float) -> ClientScript:
+    """Send a request a few octets at a time."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        with contextlib.suppress(peers.PeerGone):  # the point of the row
+            wire.send_in_parts(octets, size, pause_s)
+        return _finish(wire)
+
+    return script
+
+
+def drip_until_end(octets: bytes, endless: bytes, pause_s: float) -> ClientScript:
+    """Send a request, then a little now and then until there is an answer or an end."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send(octets)
+        until = time.monotonic() + 5
+        while not select.select([wire.sock], [], [], pause_s)[0]:
+            assert time.monotonic() < until, "nothing ended it"
+            with contextlib.suppress(peers.PeerGone):  # then there is something to read, too
+                wire.send(endless)
+        return _finish(wire)
+
+    return script
+
+
+def read_slowly(octets: bytes, size: int, pause_s: float, total_s: float | None = None) -> ClientScript:
+    """Read the response a little at a time, to its end or for some seconds and then at once."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send(octets)
+        began_at = time.monotonic()
+        while wire.read(size):
+            if total_s is None or time.monotonic() < began_at + total_s:
+                time.sleep(pause_s)
+        return None
+
+    return script
+
+
+def expect_continue(body: bytes) -> ClientScript:
+    """Send a head, wait for 100, then send the body."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send(post(b"", extra="Expect: 100-continue\r\n", length=len(body)))
+        interim = wire.read_response()
+        if interim.status != 100:
+            return interim
+        wire.send(body)
+        return [interim, wire.read_response()]
+
+    return script
+
+
+def interim_then_final(octets: bytes) -> ClientScript:
+    """Read an interim response and the final one."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send(octets)
+        return [wire.read_response(), wire.read_response()]
+
+    return script
+
+
+def tunnel(head: bytes, octets: bytes, how: str = "fin") -> ClientScript:
+    """Upgrade, exchange octets, then end in some way, or wait for the end."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send(head)
+        wire.read_head()
+        if octets:
+            wire.send(octets)
+            assert wire.read_exactly(len(octets)) == octets
+        if how == "reset":
+            wire.reset()
+            return None
+        if how == "fin":
+            wire.end_write()
+        wire.await_end()
+        return None
+
+    return script
+
+
+def half_close(octets: bytes) -> ClientScript:
+    """Send a request and a FIN at once, then read what comes."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send_and_end(octets)
+        return _finish(wire)
+
+    return script
+
+
+def only_connect(wire: Wire, stage: Stage) -> Seen:
+    """Connect and leave without a byte."""
+
+
+def idle_after(octets: bytes) -> ClientScript:
+    """Send a request, then wait on the idle connection until the proxy ends it."""
+
+    def script(wire: Wire, stage: Stage) -> Seen:
+        wire.send(octets)
+        response = wire.read_response()
+        wire.await_end()
+        return response
+
+    return script
+
+
+def wait_idle(wire: Wire, stage: Stage) -> Seen:
+    """Send nothing, and wait until the proxy ends the connection."""
+    wire.await_end()
+    return None
+
+
+# -- what upstreams do that peers.py has not ---------------------------------------------------------------------------
+
+
+def send_then_stall(octets: bytes) -> peers.Script:
+    """Answer in part, then say nothing more."""
+    return peers.answer_and_wait(octets)
+
+
+def in_two(first: bytes, second: bytes) -> peers.Script:
+    """Answer in two parts, so that the first is relayed before the second comes."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(first)
+        time.sleep(0.1)  # together they would be judged as one
+        wire.send(second)
+        wire.await_end()
+
+    return script
+
+
+def continue_late(pause_s: float, response: bytes) -> peers.Script:
+    """Let the client wait for its 100."""
+
+    def script(wire: Wire) -> None:
+        head = wire.read_head()
+        time.sleep(pause_s)
+        wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        wire.read_exactly(int(peers.first_value(peers.split_fields(head), b"content-length") or b"0"))
+        wire.send(response)
+        wire.end_write()
+
+    return script
+
+
+def read_late(pause_s: float, response: bytes) -> peers.Script:
+    """Leave the request body unread for a while."""
+
+    def script(wire: Wire) -> None:
+        head = wire.read_head()
+        time.sleep(pause_s)
+        wire.read_exactly(int(peers.first_value(peers.split_fields(head), b"content-length") or b"0"))
+        wire.send(response)
+        wire.end_write()
+
+    return script
+
+
+def read_slow(size: int, pause_s: float, total_s: float) -> peers.Script:
+    """Read a request a little at a time, and what is left after some seconds at once."""
+
+    def script(wire: Wire) -> None:
+        until = time.monotonic() + total_s
+        while wire.read(size):
+            if time.monotonic() < until:
+                time.sleep(pause_s)
+
+    return script
+
+
+def drip_chunks(pause_s: float, octets: bytes = b"tick\n") -> peers.Script:
+    """Answer with chunks without end."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(CHUNKED)
+        while wire.end is None:
+            wire.send(chunk(octets))
+            if select.select([wire.sock], [], [], pause_s)[0]:
+                wire.read()
+
+    return script
+
+
+def upgrade_and(what: str) -> peers.Script:
+    """Switch protocols, echo once, then end in some way."""
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(SWITCHED)
+        wire.send(wire.read())
+        if what == "reset":
+            time.sleep(0.05)  # a reset overtakes data that was not read yet
+            wire.reset()
+        elif what == "fin":
+            wire.end_write()
+            wire.await_end()
+
+    return script
+
+
+def raw_stream(wire: Wire) -> None:
+    """As dockerd's attach without Upgrade: a 200, then raw octets both ways; answers after the client's half-close."""
+    wire.read_head()
+    wire.send(RAW_STREAM)
+    wire.send(wire.read())
+    rest = wire.read_to_end()
+    wire.send(b"bye" + rest)
+    wire.end_write()
+
+
+def after_half_close(wire: Wire) -> None:
+    """Switch protocols, and answer only when the client has ended its side."""
+    wire.read_head()
+    wire.send(SWITCHED)
+    octets = wire.read_to_end()
+    wire.send(b"got %d" % len(octets))
+    wire.end_write()
+
+
+def stale(wire: Wire) -> None:
+    """Answer one request, and close when a second one comes."""
+    wire.read_request()
+    wire.send(ok(b"first"))
+    wire.read_head()
+    wire.close()
+
+
+def stale_once() -> peers.Script:
+    """As ``stale`` for the first connection; the next ones answer."""
+    count = 0
+
+    def script(wire: Wire) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            stale(wire)
+        else:
+            answer(ok(b"second"))(wire)
+
+    return script
+
+
+def unused(wire: Wire) -> None:
+    """Must never be reached."""
+    raise AssertionError("upstream was reached")
+
+
+@contextlib.contextmanager
+def refused_url() -> collections.abc.Iterator[str]:
+    with peers.closed_port() as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def full_url() -> collections.abc.Iterator[str]:
+    with peers.full_listener() as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def fixed_url(url: str) -> collections.abc.Iterator[str]:
+    yield url
+
+
+@contextlib.contextmanager
+def https_to(script: peers.Script) -> collections.abc.Iterator[str]:
+    """A listener that speaks no TLS, or not as it should, where TLS is spoken to it."""
+    with Upstream(script) as upstream:
+        yield upstream.url.replace("http://127.0.0.1", "https://localhost")
+
+
+def say(octets: bytes) -> peers.Script:
+    """Say something else than TLS."""
+
+    def script(wire: Wire) -> None:
+        wire.read()
+        wire.send(octets)
+        wire.await_end()
+
+    return script
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+T = str(LIMIT_S)
+abort = functools.partial(Row, event="abort")
+reject = functools.partial(
+    Row, upstream=unused, event="reject", side="client", phase="request_head", reached=False, whole=True, body=(0, 0)
+)
+
+COMPLETE = [
+    Row("a length", request(get()), answer(ok(BODY)), status=200, whole=True, body=(0, 1024)),
+    Row("no content", request(get()), answer(ok(b"")), status=200, whole=True, body=(0, 0)),
+    Row(
+        "chunks and a trailer",
+        request(get()),
+        answer(CHUNKED + chunk(b"abc") + chunk(BODY) + b"0\r\nX-Sum: 7\r\n\r\n"),
+        status=200,
+        whole=True,
+        body=(0, 1027),
+    ),
+    Row(
+        "until the connection closes",
+        request(get()),
+        answer_and_close(UNTIL_CLOSE + BODY),
+        status=200,
+        body=(0, 1024),
+        client_end=("fin", "close_notify"),
+    ),
+    Row("HEAD", request(get(method="HEAD"), "HEAD"), answer(ok(b"")[:-4].replace(b"th: 0", b"th: 99") + b"\r\n\r\n"), status=200,
+        whole=True, body=(0, 0)),
+    Row("204", request(get()), answer(b"HTTP/1.1 204 No Content\r\n\r\n"), status=204, whole=True, body=(0, 0)),
+    Row(
+        "304 with a length",
+        request(get()),
+        answer(b'HTTP/1.1 304 Not Modified\r\nContent-Length: 500\r\nETag: "x"\r\n\r\n'),
+        status=304,
+        whole=True,
+        body=(0, 0),
+    ),
+    Row("an error of upstream's own", request(get()), answer(b"HTTP/1.1 500 Oops\r\nContent-Length: 3\r\n\r\nbad"), status=500,
+        whole=True, body=(0, 3)),
+    Row("a body with a length", request(post()), answer(ok()), status=200, whole=True, body=(1024, 2)),
+    Row(
+        "a body in chunks with a trailer",
+        request(post_chunked(b"abc", BODY, end=b"0\r\nX-Sum: 7\r\n\r\n")),
+        answer(ok()),
+        status=200,
+        whole=True,
+        body=(1027, 2),
+    ),
+    Row("16 MiB up", request(post(HUGE)), answer(ok()), status=200, whole=True, body=(len(HUGE), 2), within_s=10),
+    Row("16 MiB down", request(get()), answer(ok(HUGE)), status=200, whole=True, body=(0, len(HUGE)), within_s=10),
+    Row("16 MiB down in chunks", request(get()), answer(CHUNKED + chunk(HUGE[:9_999_999]) + chunk(HUGE[9_999_999:]) + b"0\r\n\r\n"),
+        status=200, whole=True, body=(0, len(HUGE)), within_s=10),
+    Row("one empty line before a request", request(b"\r\n" + get()), answer(ok()), status=200, whole=True, exact=()),
+    Row("three requests on one connection", several(get("/1"), post(target="/2"), get("/3")), answer(ok(), requests=3),
+        status=200, records=3),
+    Row("three requests pipelined", several(get("/1"), post(target="/2"), get("/3"), pipelined=True), answer(ok(), requests=3),
+        status=200, records=3),
+    Row("expect and 100", expect_continue(BODY), continue_late(0.0, ok()), status=200, body=(1024, 2)),
+    Row("expect and a final answer", expect_continue(BODY), peers.answer_at_once(b"HTTP/1.1 417 No\r\nContent-Length: 0\r\n\r\n"),
+        status=417, body=(0, 0)),
+    Row("an interim response", interim_then_final(get()), answer(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + ok()),
+        status=200, body=(0, 2)),
+    Row("HTTP/1.0, from chunks", request(get(version="1.0")), answer(CHUNKED + chunk(b"abc") + b"0\r\n\r\n"), status=200,
+        body=(0, 3), client_end=("fin", "close_notify")),
+    Row("HTTP/1.0, with a length", request(get(version="1.0")), answer(ok()), status=200, whole=True, body=(0, 2)),
+    Row("an answer before the request is through", request(post(length=50_000_000)),
+        peers.answer_at_once(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"), status=413, whole=True),
+    Row("a drip slower than a limit, never silent for one", request(get()), peers.drip(ok(b"")[:-5] + b"8\r\n\r\n", b"abcdefgh", 1, 0.1),
+        ("--upstream-read-timeout", "0.5", "--client-write-timeout", "0.5"), status=200, whole=True, body=(0, 8)),
+    Row("a drip upwards", drip(post(b"abcdefgh"), 12, 0.06), answer(ok()), ("--client-read-timeout", "0.4",
+        "--client-head-timeout", "5"), status=200, whole=True, body=(8, 2)),
+    Row("the client waits for upstream, and its timeout stands still", request(post(HUGE)), read_late(0.6, ok()),
+        ("--client-read-timeout", T), status=200, whole=True, body=(len(HUGE), 2), within_s=10),
+    Row("upstream waits for the client, and its timeout stands still", read_slowly(get(extra="Connection: close\r\n"), 4 * 1024 * 1024,
+        0.4, 0.8), answer_and_close(ok(HUGE)), ("--upstream-read-timeout", T), status=200, body=(0, len(HUGE)),
+        receive_buffer=32768, within_s=10),
+    Row("a slow reader is not a stuck one", read_slowly(get(extra="Connection: close\r\n"), 16384, 0.05, 1.5),
+        answer_and_close(ok(HUGE)), ("--client-write-timeout", "0.5"), status=200, body=(0, len(HUGE)), receive_buffer=16384,
+        within_s=15),
+    Row("the client waits for 100, and its timeout stands still", expect_continue(BODY), continue_late(0.5, ok()),
+        ("--client-read-timeout", T), status=200, body=(1024, 2)),
+    Row("a half-close that is allowed", half_close(get()), answer(ok()), ("--client-half-close", "allow"), status=200, whole=True),
+    Row("an upgrade, and an end of the client's", tunnel(get(extra=UPGRADE), b"hello"), peers.upgrade(), status=101, body=(5, 5)),
+    Row("an upgrade, and an end of upstream's", tunnel(get(extra=UPGRADE), b"hello", ""), upgrade_and("fin"), status=101,
+        body=(5, 5)),
+    Row("a half-close in a tunnel", tunnel(get(extra=UPGRADE), b""), after_half_close, status=101, body=(0, 5)),
+    Row("docker's raw stream", tunnel(post(b"", target="/v1.41/containers/x/attach?stream=1"), b"hello"), raw_stream, status=200,
+        body=(5, 8)),
+    Row("an upgrade that upstream declines", request(get(extra=UPGRADE)), answer(ok()), status=200, whole=True, body=(0, 2)),
+    Row("a connection without a byte", only_connect, unused, event=None, records=0, reached=False),
+    Row("an idle connection ends", idle_after(get()), answer(ok()), ("--keepalive-timeout", T), status=200, whole=True,
+        client_end=("fin", "close_notify")),
+    Row("a connection idle from its start ends", wait_idle, unused, ("--keepalive-timeout", T), event=None, records=0,
+        reached=False, client_end=("fin", "close_notify")),
+]  # fmt: skip
+
+TOO_LONG = b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: test\r\n\r\n"
+TOO_MANY = b"GET / HTTP/1.1\r\nHost: test\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(300)) + b"\r\n"
+TOO_LARGE = (
+    b"GET / HTTP/1.1\r\nHost: test\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 1000) for n in range(90)) + b"\r\n"
+)
+
+REJECTED = [
+    reject("a space before the colon", request(b"GET / HTTP/1.1\r\nHost: test\r\nX-A : b\r\n\r\n"), status=400, cause="protocol",
+           error_type="http_request_error"),
+    reject("a length and chunks", request(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n"
+           b"0\r\n\r\n"), status=400, cause="protocol", error_type="http_request_error"),
+    reject("two lengths", request(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc"), status=400,
+           cause="protocol"),
+    reject("a line without CR", request(b"GET / HTTP/1.1\nHost: test\n\n"), status=400, cause="protocol"),
+    reject("a folded field", request(b"GET / HTTP/1.1\r\nHost: test\r\nX-A: b\r\n c\r\n\r\n"), status=400, cause="protocol"),
+    reject("no host", request(b"GET / HTTP/1.1\r\n\r\n"), status=400, cause="protocol"),
+    reject("two hosts", request(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), status=400, cause="protocol"),
+    reject("noise", request(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"), status=400, cause="protocol"),
+    reject("CONNECT", request(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n"), status=405),
+    reject("an unknown coding", request(b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: zip, chunked\r\n\r\n0\r\n\r\n"),
+           status=501),
+    reject("an HTTP/2 preface", request(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), status=505),
+    reject("another version", request(b"GET / HTTP/1.2\r\nHost: test\r\n\r\n"), status=505),
+    reject("a request line too long", request(TOO_LONG), status=414, cause="limit", limit="max_head_size"),
+    reject("too many fields", request(TOO_MANY), status=431, cause="limit", limit=OPEN),
+    reject("a head too large", request(TOO_LARGE), status=431, cause="limit", limit="max_head_size"),
+    reject("a length too large", request(post(length=5000)), options=("--max-body-size", "1000"), status=413, cause="limit",
+           limit="max_body_size"),
+    reject("what follows is never parsed", request(b"GET / HTTP/1.1\r\nHost : test\r\n\r\n" + get("/smuggled")), status=400,
+           cause="protocol", client_end=("fin", "close_notify")),
+]  # fmt: skip
+
+client_head = functools.partial(
+    abort, upstream=unused, side="client", phase="request_head", operation="read", reached=False, body=(0, 0)
+)
+client_body = functools.partial(abort, side="client", phase="request_body", operation="read")
+client_gone = functools.partial(abort, side="client", phase="response_head", operation="read", within_s=2.0)
+client_stuck = functools.partial(
+    abort, side="client", phase="response_body", operation="write", status=200, whole=False
+)
+
+BY_CLIENT = [
+    client_head("a FIN in the head", leave(get()[:-2], "fin"), cause="closed", exact=("client_read",)),
+    client_head("a FIN after one byte", leave(b"G", "fin"), cause="closed", exact=("client_read",)),
+    client_head("a reset in the head", leave(get()[:-2], "reset"), cause="reset", status=None, over=(PLAIN, TLS_CLIENT),
+                exact=("client_read",)),
+    client_head("silence in the head", stop_sending(get()[:-2]), options=("--client-head-timeout", T), cause="timeout", status=408,
+                limit="client_head_timeout", whole=True, exact=("client_read",)),
+    client_head("a drip in the head", drip_until_end(b"GET / HTTP/1.1\r\nX: ", b"y", 0.03), options=("--client-head-timeout", T),
+                cause="timeout", status=408, limit="client_head_timeout", whole=True),
+    client_head("a deadline in the head", drip_until_end(b"GET / HTTP/1.1\r\nX: ", b"y", 0.03), options=("--client-read-deadline", T),
+                cause="deadline", status=408, limit="client_read_deadline", whole=True),
+    client_body("a FIN in the body", leave(post(b"abc", length=10), "fin", "seen"), peers.silent, cause="closed", exact=("client_read",)),
+    client_body("a FIN in a chunk", leave(post_chunked(b"abc", end=b"5\r\nab"), "fin", "seen"), peers.silent, cause="closed",
+                exact=("client_read",)),
+    client_body("a FIN before the last chunk", leave(post_chunked(b"abc", end=b""), "fin", "seen"), peers.silent, cause="closed",
+                exact=("client_read",)),
+    client_body("a FIN without close_notify in the body", leave(post(b"abc", length=10), "cut", "seen"), peers.silent, over=(TLS_CLIENT,),
+                cause=OPEN),
+    client_body("a reset in the body", leave(post(b"abc", length=10), "reset", "seen"), peers.silent, cause="reset", status=None,
+                over=RESETS),
+    client_body("silence in the body", stop_sending(post(b"abc", length=10)), peers.silent, ("--client-read-timeout", T),
+                cause="timeout", status=408, limit="client_read_timeout", whole=True, exact=("client_read",), body=(3, 0)),
+    client_body("silence in a chunk", stop_sending(post_chunked(b"abc", end=b"5\r\nab")), peers.silent, ("--client-read-timeout", T),
+                cause="timeout", status=408, limit="client_read_timeout", whole=True, exact=("client_read",), body=(5, 0)),
+    client_body("a deadline in the body", drip_until_end(post(b"", length=100_000), b"y", 0.03), peers.silent,
+                ("--client-read-deadline", T), cause="deadline", status=408, limit="client_read_deadline", whole=True),
+    client_body("no chunk size", request(post_chunked(b"abc", end=b"zz\r\n")), peers.silent, cause="protocol", status=400, whole=True,
+                error_type="http_request_error"),
+    client_body("a chunk longer than its size", request(post_chunked(end=b"2\r\nabcd\r\n")), peers.silent, cause="protocol", status=400,
+                whole=True),
+    client_body("chunks too large", request(post_chunked(b"a" * 800, b"b" * 800)), peers.silent, ("--max-body-size", "1000"),
+                cause="limit", status=413, limit="max_body_size", whole=True),
+    client_gone("a FIN while the answer is awaited", leave(get(), "fin", "seen"), peers.silent, cause="closed",
+                exact=("client_read", "upstream_written")),
+    client_gone("a FIN right behind the request", half_close(get()), peers.silent, phase=OPEN, cause="closed", reached=None),
+    client_gone("a FIN behind a posted request", leave(post(), "fin", "seen"), peers.silent, cause="closed", body=(1024, 0)),
+    client_gone("a FIN without close_notify while the answer is awaited", leave(get(), "cut", "seen"), peers.silent,
+                over=(TLS_CLIENT,), cause=OPEN),
+    client_gone("a reset while the answer is awaited", leave(get(), "reset", "seen"), peers.silent, cause="reset", status=None,
+                over=RESETS, exact=("client_read",)),
+    abort("a FIN in the response", leave(get(), "fin", "body"), peers.answer_and_wait(LONG + b"abcd"), side="client",
+          phase="response_body", cause="closed", status=200, exact=("upstream_read",), body=(0, 4), within_s=2.0),
+    abort("a FIN in an endless response", leave(get(), "fin", "body"), drip_chunks(0.05), side="client", phase="response_body",
+          cause="closed", status=200, within_s=2.0),
+    abort("a reset in the response", leave(get(), "reset", "body"), peers.answer_and_wait(LONG + b"abcd"), side="client",
+          phase="response_body", cause="reset", status=200, over=RESETS, exact=("upstream_read",), body=(0, 4), within_s=2.0),
+    abort("a reset in a flood", leave(get(), "reset", "body"), peers.flood(LONG), side="client", phase="response_body",
+          cause="reset", status=200, over=RESETS, within_s=2.0),
+    abort("a reset in a chunked stream", leave(get(), "reset", "body"), drip_chunks(0.05), side="client", phase="response_body",
+          cause="reset", status=200, over=RESETS, within_s=2.0),
+    client_stuck("a reader that stops", stop_reading(get()), peers.flood(LONG), ("--client-write-timeout", T), cause="timeout",
+                 limit="client_write_timeout", receive_buffer=8192, within_s=10.0),
+    client_stuck("a reader that stops in a chunked stream", stop_reading(get()), peers.flood(CHUNKED, chunk(bytes(65536))),
+                 ("--client-write-timeout", T), cause="timeout", limit="client_write_timeout", receive_buffer=8192, within_s=10.0),
+    client_stuck("a deadline for a reader that stops", stop_reading(get()), peers.flood(LONG), ("--client-write-deadline", T),
+                 cause="deadline", limit="client_write_deadline", receive_buffer=8192, within_s=10.0),
+    client_stuck("a deadline in a drip", request(get()), drip_chunks(0.05), ("--client-write-deadline", T), cause="deadline",
+                 limit="client_write_deadline", exact=("upstream_read",)),
+    abort("a deadline while the answer is awaited", request(get()), peers.silent, ("--client-write-deadline", T), side="client",
+          phase="response_head", operation="write", cause="deadline", limit="client_write_deadline", whole=True),
+    abort("a reset in a tunnel", tunnel(get(extra=UPGRADE), b"hello", "reset"), peers.upgrade(), side="client", phase="tunnel",
+          cause="reset", status=101, body=(5, 5), over=RESETS, exact=("client_read", "client_written")),
+]  # fmt: skip
+
+at_connect = functools.partial(
+    abort, client=request(get()), upstream=unused, side="upstream", whole=True, reached=False, body=(0, 0)
+)
+in_handshake = functools.partial(
+    at_connect, phase="tls_handshake", operation="handshake", over=(TLS_UPSTREAM,), reached=None
+)
+at_head = functools.partial(abort, side="upstream", phase="response_head", operation="read", status=502, whole=True)
+in_body = functools.partial(abort, side="upstream", phase="response_body", operation="read", status=200, whole=False)
+
+BY_UPSTREAM = [
+    at_connect("nobody listens", phase="connect", operation="connect", cause="refused", status=502, over=(PLAIN, TLS_CLIENT),
+               url=refused_url, error_type="connection_refused"),
+    at_connect("a unix socket is missing", phase="connect", operation="connect", cause="unreachable", status=502, over=(PLAIN,),
+               url=functools.partial(fixed_url, "unix:///nonexistent/docker.sock")),
+    at_connect("a name without an address", phase="connect", cause="dns", status=502, over=(PLAIN,), within_s=15.0,
+               url=functools.partial(fixed_url, "http://nowhere.invalid:80"), error_type="dns_error"),
+    at_connect("a connect without an answer", phase="connect", operation="connect", cause="timeout", status=504,
+               options=("--upstream-connect-timeout", T), limit="upstream_connect_timeout", over=(PLAIN, TLS_CLIENT), url=full_url,
+               error_type="connection_timeout"),
+    in_handshake("upstream silent in the handshake", cause="timeout", status=504, options=("--upstream-connect-timeout", T),
+                 limit="upstream_connect_timeout", url=functools.partial(https_to, peers.deaf)),
+    in_handshake("upstream speaks no TLS", cause="tls", status=502,
+                 url=functools.partial(https_to, say(b"HTTP/1.1 400 Bad Request\r\n\r\n")), error_type="tls_protocol_error"),
+    in_handshake("upstream closes in the handshake", status=502, url=functools.partial(https_to, peers.close_at_once)),
+    in_handshake("upstream resets in the handshake", cause="reset", status=502,
+                 url=functools.partial(https_to, peers.reset_after(100))),
+    abort("upstream never reads", request(post(HUGE * 3)), peers.deaf, ("--upstream-write-timeout", T), side="upstream",
+          phase="request_body", operation="write", cause="timeout", status=504, limit="upstream_write_timeout", whole=True,
+          within_s=10.0),
+    abort("upstream reads too slowly", request(post(HUGE * 3)), read_slow(8192, 0.02, 1.5), ("--upstream-write-deadline", "0.4"),
+          side="upstream", phase="request_body", operation="write", cause="deadline", status=504, limit="upstream_write_deadline",
+          whole=True, within_s=10.0),
+    abort("upstream resets in the request", request(post(b"x" * 5000, length=10_000)), peers.reset_after(4000), side="upstream",
+          cause="reset", status=502, whole=True, over=RESETS),
+    abort("upstream closes in the request", request(post(b"x" * 5000, length=10_000)), peers.close_at_once, side="upstream",
+          status=502, whole=True),
+    at_head("upstream closes without an answer", request(post()), answer_and_close(b""), cause="closed", exact=("client_read",
+            "upstream_written")),
+    at_head("upstream resets without an answer", request(post()), peers.answer_and_reset(b""), cause="reset", over=RESETS),
+    at_head("upstream closes in its head", request(post()), answer_and_close(b"HTTP/1.1 200 OK\r\nContent-"), cause="closed",
+            exact=("upstream_read",)),
+    at_head("upstream resets in its head", request(post()), peers.answer_and_reset(b"HTTP/1.1 200 OK\r\nContent-"), cause="reset",
+            over=RESETS),
+    at_head("a head without a version", request(get()), answer_and_close(b"200 OK\r\n\r\n"), cause="protocol",
+            error_type="http_protocol_error"),
+    at_head("a space before the colon in an answer", request(get()), answer_and_close(b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n"),
+            cause="protocol"),
+    at_head("an answer with two lengths", request(get()),
+            answer_and_close(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"), cause="protocol"),
+    at_head("an answer of another version", request(get()), answer_and_close(b"HTTP/2.0 200 OK\r\n\r\n"), cause="protocol"),
+    at_head("an answer's head too large", request(get()),
+            answer_and_close(b"HTTP/1.1 200 OK\r\n" + b"X: %s\r\n" % (b"y" * 1000) * 90 + b"\r\n"), cause=OPEN, limit=OPEN),
+    at_head("no answer", request(get()), peers.silent, ("--upstream-head-timeout", T), cause="timeout", status=504,
+            limit="upstream_head_timeout", error_type="http_response_timeout", exact=("client_read", "upstream_written")),
+    at_head("half a head and silence", request(get()), send_then_stall(b"HTTP/1.1 200 OK\r\n"), ("--upstream-head-timeout", T),
+            cause="timeout", status=504, limit="upstream_head_timeout", exact=("upstream_read",)),
+    in_body("upstream closes in a length", request(get()), answer_and_close(LONG + BODY), cause="closed", exact=("upstream_read",),
+            body=(0, 1024)),
+    in_body("upstream closes in a chunk", request(get()), answer_and_close(CHUNKED + b"fff\r\nabc"), cause="closed",
+            exact=("upstream_read",), body=(0, 3)),
+    in_body("upstream closes before the last chunk", request(get()), answer_and_close(CHUNKED + chunk(BODY)), cause="closed",
+            exact=("upstream_read",), body=(0, 1024)),
+    in_body("upstream cuts TLS in a length", request(get()), peers.answer_and_cut(LONG + BODY), over=(TLS_UPSTREAM,), body=(0, 1024)),
+    in_body("upstream cuts TLS where the end is the end", request(get()), peers.answer_and_cut(UNTIL_CLOSE + BODY),
+            over=(TLS_UPSTREAM,), client_end=("reset",)),
+    in_body("upstream resets in a length", request(get()), peers.answer_and_reset(LONG + BODY), cause="reset", over=RESETS,
+            exact=("upstream_read",), body=(0, 1024)),
+    in_body("upstream resets in a chunk", request(get()), peers.answer_and_reset(CHUNKED + b"fff\r\nabc"), cause="reset", over=RESETS,
+            exact=("upstream_read",), body=(0, 3)),
+    in_body("upstream resets where the end is the end", request(get()), peers.answer_and_reset(UNTIL_CLOSE + BODY), cause="reset",
+            over=RESETS, client_end=("reset",)),
+    in_body("no chunk size in an answer", request(get()), in_two(CHUNKED + chunk(b"abc"), b"xyz\r\n"), cause="protocol",
+            body=(0, 3)),
+    in_body("upstream falls silent in a length", request(get()), send_then_stall(LONG + BODY), ("--upstream-read-timeout", T),
+            cause="timeout", limit="upstream_read_timeout", exact=("upstream_read",), body=(0, 1024)),
+    in_body("upstream falls silent in chunks", request(get()), send_then_stall(CHUNKED + chunk(BODY)), ("--upstream-read-timeout", T),
+            cause="timeout", limit="upstream_read_timeout", exact=("upstream_read",), body=(0, 1024)),
+    in_body("upstream falls silent where the end is the end", request(get()), send_then_stall(UNTIL_CLOSE + BODY),
+            ("--upstream-read-timeout", T), cause="timeout", limit="upstream_read_timeout", client_end=("reset",),
+            over=(PLAIN, TLS_CLIENT, TLS_UPSTREAM)),
+    in_body("upstream takes too long", request(get()), drip_chunks(0.05), ("--upstream-read-deadline", T), cause="deadline",
+            limit="upstream_read_deadline"),
+    abort("upstream resets in a tunnel", tunnel(get(extra=UPGRADE), b"hello", ""), upgrade_and("reset"), side="upstream",
+          phase="tunnel", cause="reset", status=101, body=(5, 5), over=RESETS),
+    abort("a silent tunnel", tunnel(get(extra=UPGRADE), b"hello", ""), peers.upgrade(), ("--tunnel-timeout", T), side="proxy",
+          phase="tunnel", cause="timeout", status=101, limit="tunnel_timeout", body=(5, 5),
+          exact=("client_read", "client_written", "upstream_read", "upstream_written")),
+]  # fmt: skip
+
+ROWS = [*COMPLETE, *REJECTED, *BY_CLIENT, *BY_UPSTREAM]
+
+
+def _cases() -> list[tuple[Row, tuple[str, str]]]:
+    """Returns: each row over each transport, those with the same options side by side: they share a proxy."""
+    return sorted(((row, over) for row in ROWS for over in row.over), key=lambda case: (case[1], case[0].options))
+
+
+def test_names_of_rows_are_unique() -> None:
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("row", "over"), _cases(), ids=[f"{row.name} [{over[0]}-{over[1]}]" for row, over in _cases()])
+def test_scenario(stage: Stage, row: Row, over: tuple[str, str]) -> None:
+    towards_client, towards_upstream = over
+    upstream = stage.upstream = stage.upstreams[towards_upstream]
+    upstream.script = row.upstream
+    with contextlib.ExitStack() as stack:
+        url = upstream.url if row.url is None else stack.enter_context(row.url())
+        proxy = stage.use(url, towards_client, row.options)
+        try:
+            _run(stage, proxy, row, over)
+            upstream.forget()
+        except BaseException:
+            stage.discard()
+            with contextlib.suppress(Exception):  # of a row that has failed already
+                upstream.forget()
+            raise
+
+
+def _run(stage: Stage, proxy: harness.ProxyProcess, row: Row, over: tuple[str, str]) -> None:
+    before = len(proxy.requests())
+    context = stage.client_context if over[0] == "tls" else None
+    buffer = row.receive_buffer if over[0] != "unix" else None
+    began_at = time.monotonic()
+    with peers.connect(proxy.address, context, receive_buffer=buffer) as wire:
+        own = wire.sock.getsockname()
+        seen = row.client(wire, stage)
+    records = proxy.wait_requests(before + row.records)[before:]
+    took_s = time.monotonic() - began_at
+    assert took_s < row.within_s, f"it took {took_s:.2f} s"
+    if row.url is None and (row.reached or any(record["bytes"]["upstream_written"] for record in records)):
+        stage.upstream.wire()  # the kernel took what was sent before the connection was accepted
+    stage.upstream.settle()
+    for record in records:
+        harness.check_record(record)
+        if over[0] != "unix":
+            assert record["client"] == f"{own[0]}:{own[1]}"
+    for record in records[:-1]:
+        assert record["event"] == "request.complete", record
+    assert len({record["request_id"] for record in records}) == len(records)
+    assert len({record["connection_id"] for record in records}) <= 1
+    if row.client_end:
+        assert wire.end in row.client_end
+    if row.event is not None:
+        _check_fields(row, records[-1])
+        if row.records == 1:
+            _check_counts(stage, row, records[-1], wire)
+        _check_seen(row, records[-1], seen)
+    wires = stage.upstream.wires
+    if row.reached is not None and row.url is None:
+        assert bool(wires) is row.reached
+    if row.reached and row.event is not None:
+        assert records[-1]["upstream"] == stage.upstream.name
+    elif row.reached is False and records:
+        assert records[-1]["upstream"] is None
+
+
+def _check_fields(row: Row, record: harness.LogRecord) -> None:
+    expected = {
+        "event": f"request.{row.event}",
+        "status": row.status,
+        "side": row.side,
+        "phase": row.phase,
+        "operation": row.operation,
+        "cause": row.cause,
+        "error_type": row.error_type,
+    }
+    expected = {name: value for name, value in expected.items() if value is not OPEN}
+    assert {name: record.get(name) for name in expected} == expected
+    if row.limit is None:
+        assert record.get("limit") is None
+    elif row.limit is not OPEN:
+        limit = record["limit"]
+        flag = "--" + row.limit.replace("_", "-")
+        assert limit["name"] == row.limit
+        assert limit["source"] == ("flag" if flag in row.options else "default")
+        if "seconds" in limit:
+            assert limit["seconds"] == float(row.options[row.options.index(flag) + 1])
+            assert limit["seconds"] <= limit["elapsed_s"] < limit["seconds"] + LATE_S
+    if row.body is not None:
+        assert (record["bytes"]["request_body"], record["bytes"]["response_body"]) == row.body
+
+
+def _check_counts(stage: Stage, row: Row, record: harness.LogRecord, wire: Wire) -> None:
+    counts = record["bytes"]
+    orderly = ("fin", "close_notify", None)
+    wires = stage.upstream.wires if row.url is None else []
+    saw = {"client_read": wire.sent.count, "client_written": wire.received.count}
+    exact = set(row.exact)
+    if wires:
+        saw |= {"upstream_read": wires[-1].sent.count, "upstream_written": wires[-1].received.count}
+        if wires[-1].end in ("fin", "close_notify") and row.upstream is not peers.deaf:
+            exact.add("upstream_written")
+    elif row.url is None:
+        assert (counts["upstream_read"], counts["upstream_written"]) == (0, 0)
+    if wire.end in ("fin", "close_notify"):
+        exact.add("client_written")
+    if row.event == "complete" and wire.end in orderly:
+        exact |= {"client_written", "upstream_read"}
+        if record["status"] != 413:
+            exact |= {"client_read", "upstream_written"}
+    if "one empty line" in row.name:
+        saw["client_read"] -= 2  # begins nothing, and so belongs to no request
+    for name, count in saw.items():
+        if name in exact:
+            assert counts[name] == count, f"{name} is {counts[name]}, and {count} passed"
+        elif name.endswith("_read"):
+            assert counts[name] <= count, f"{name} is {counts[name]}, and only {count} were sent"
+        else:
+            assert counts[name] >= count, f"{name} is {counts[name]}, and {count} were received"
+
+
+def _check_seen(row: Row, record: harness.LogRecord, seen: Seen) -> None:
+    responses = seen if isinstance(seen, list) else [seen] if seen is not None else []
+    if row.whole is not None and not (row.whole is False and not responses):
+        assert responses, "the client saw no response"
+        assert responses[-1].whole is row.whole
+    if not responses:
+        return
+    last = responses[-1]
+    if record["status"] is not None:
+        assert last.status == record["status"]
+    assert last.get_all("x-request-id") == [record["request_id"].encode()]
+    if row.event != "complete" and last.whole and last.status >= 400:
+        assert last.get("content-type") == b"application/json"
+        assert last.get("connection") == b"close"
+        message = json.loads(last.body)["message"]
+        assert record["request_id"] in message
+        proxy_status = last.get("proxy-status")
+        assert proxy_status is not None
+        if record["error_type"]:
+            assert record["error_type"].encode() in proxy_status
+        if row.limit is not None and row.limit is not OPEN:
+            assert row.limit in message
+
+
+# -- what does not fit a row ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("over", ALL, ids="-".join)
+def test_dockers_stream_ends_with_a_line_that_tells_why(stage: Stage, over: tuple[str, str]) -> None:
+    upstream = stage.upstream = stage.upstreams[over[1]]
+    upstream.script = send_then_stall(JSON_STREAM + chunk(b'{"stream":"Step 1"}\r\n'))
+    proxy = stage.use(upstream.url, over[0], ("--upstream-read-timeout", T))
+    before = len(proxy.requests())
+    context = stage.client_context if over[0] == "tls" else None
+    with peers.connect(proxy.address, context) as wire:
+        wire.send(post(b"", target="/v1.41/build?t=x"))
+        response = wire.read_response()
+        end = wire.await_end()
+    record = proxy.wait_requests(before + 1)[-1]
+    upstream.forget()
+    assert not response.whole
+    assert end == "fin"  # under TLS without close_notify: not an orderly end
+    lines = [json.loads(line) for line in response.body.splitlines()]
+    assert lines[0] == {"stream": "Step 1"}
+    assert len(lines) == 2
+    assert lines[1]["errorDetail"]["message"] == lines[1]["error"]
+    assert "upstream_read_timeout" in lines[1]["error"]
+    assert record["bytes"]["response_body"] == len(b'{"stream":"Step 1"}\r\n')
+    assert record["bytes"]["client_written"] == wire.received.count
+
+
+@pytest.mark.parametrize(
+    ("target", "head", "body"),
+    [
+        ("/v1.41/build", JSON_STREAM, b'{"stream":"Ste'),  # within a line
+        ("/v1.41/containers/x/logs", JSON_STREAM, b'{"a":1}\n'),  # another route
+        ("/v1.41/build", JSON_STREAM.replace(b"json", b"x-tar"), b'{"a":1}\n'),
+        ("/v1.41/build", JSON_STREAM.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), b'{"a":1}\n'),
+        ("/v1.41/build", JSON_STREAM.replace(b"200 OK", b"400 No"), b'{"a":1}\n'),
+    ],
+)
+def test_no_other_message_gets_a_last_line(stage: Stage, target: str, head: bytes, body: bytes) -> None:
+    upstream = stage.upstream = stage.upstreams["tcp"]
+    upstream.script = send_then_stall(head + chunk(body))
+    proxy = stage.use(upstream.url, "plain", ("--upstream-read-timeout", T))
+    with peers.connect(proxy.address) as wire:
+        wire.send(post(b"", target=target))
+        response = wire.read_response()
+    upstream.forget()
+    assert not response.whole
+    assert response.body == body
+
+
+def test_a_stale_connection_is_replaced_and_the_record_says_so(stage: Stage) -> None:
+    upstream = stage.upstream = stage.upstreams["tcp"]
+    upstream.script = stale_once()
+    proxy = stage.use(upstream.url, "plain", ())
+    before = len(proxy.requests())
+    with peers.connect(proxy.address) as wire:
+        wire.get("/1")
+        assert wire.read_response().body == b"first"
+        wire.get("/2")
+        assert wire.read_response().body == b"second"
+    record = proxy.wait_requests(before + 2)[-1]
+    harness.check_record(record)
+    assert len(record["attempts"]) == 1
+    assert record["bytes"]["upstream_written"] == upstream.wires[-1].received.count
+    assert record["bytes"]["upstream_read"] == upstream.wires[-1].sent.count
+    upstream.forget()
+
+
+def test_a_request_that_is_not_idempotent_is_never_repeated(stage: Stage) -> None:
+    upstream = stage.upstream = stage.upstreams["tcp"]
+    upstream.script = stale_once()
+    proxy = stage.use(upstream.url, "plain", ())
+    before = len(proxy.requests())
+    with peers.connect(proxy.address) as wire:
+        wire.get("/1")
+        assert wire.read_response().body == b"first"
+        wire.send(post(b"pay", target="/2"))
+        assert wire.read_response().status == 502
+    record = proxy.wait_requests(before + 2)[-1]
+    harness.check_record(record)
+    assert (record["event"], record["side"]) == ("request.abort", "upstream")
+    assert record["cause"] in ("closed", "reset")
+    assert len(upstream.wires) == 1
+    upstream.forget()
+
+
+@pytest.mark.parametrize("over", [PLAIN, TLS_CLIENT], ids="-".join)
+def test_sigterm_in_mid_response_ends_it_after_the_drain_time(
+    certificates: Certificates, over: tuple[str, str]
+) -> None:
+    tls = certificates.server
+    options = ["--tls-cert", tls, "--tls-key", tls] if over[0] == "tls" else []
+    with (
+        Upstream(drip_chunks(0.02)) as upstream,
+        harness.ProxyProcess(upstream.url, "--drain-timeout", "0.3", *options) as proxy,
+        peers.connect(proxy.address, certificates.client_context() if options else None) as wire,
+    ):
+        wire.get()
+        wire.read_head()
+        began_at = time.monotonic()
+        proxy.send_signal(signal.SIGTERM)
+        assert wire.await_end() == "fin"
+        assert 0.29 < time.monotonic() - began_at < 0.3 + LATE_S
+        proxy.await_stop()
+        record = proxy.requests()[-1]
+    harness.check_record(record)
+    assert (record["event"], record["side"], record["phase"], record["cause"]) == (
+        "request.abort",
+        "proxy",
+        "response_body",
+        "shutdown",
+    )
+    assert record["bytes"]["client_written"] == wire.received.count
+
+
+def test_sigterm_lets_a_short_request_finish(stage: Stage) -> None:
+    with (
+        Upstream(peers.drip(ok(b"")[:-5] + b"8\r\n\r\n", b"abcdefgh", 1, 0.05)) as upstream,
+        harness.ProxyProcess(upstream.url, "--drain-timeout", "10") as proxy,
+        peers.connect(proxy.address) as wire,
+    ):
+        wire.get()
+        wire.read_head()
+        assert wire.read_exactly(1) == b"a"
+        proxy.send_signal(signal.SIGTERM)
+        assert wire.read_exactly(7) == b"bcdefgh"
+        assert wire.await_end() == "fin"
+        stop = proxy.await_stop()
+        assert stop["requests"] == {"begun": 1, "complete": 1, "reject": 0, "abort": 0}
+
+
+@pytest.mark.parametrize("what", ["stranger_ca", "wrong_name", "expired"])
+def test_a_certificate_of_upstream_that_does_not_hold(certificates: Certificates, what: str) -> None:
+    certificate = {"stranger_ca": certificates.stranger}.get(what) or getattr(certificates, what)
+    context = certificates.server_context(certificate=certificate)
+    with (
+        Upstream(unused, "tls", tls=context) as upstream,
+        harness.ProxyProcess(upstream.url, "--upstream-ca", certificates.ca) as proxy,
+        peers.connect(proxy.address) as wire,
+    ):
+        wire.get()
+        response = wire.read_response()
+        record = proxy.next_request()
+    harness.check_record(record)
+    assert response.status == 502
+    expected = ("request.abort", "upstream", "tls_handshake", "handshake", "tls", "tls_certificate_error")
+    names = ("event", "side", "phase", "operation", "cause", "error_type")
+    assert tuple(record[name] for name in names) == expected
+    assert record["exception"] is not None
+
+
+@pytest.mark.parametrize("what", ["plain", "closed", "silent", "reset", "untrusting"])
+def test_a_handshake_that_fails_is_a_connection_and_no_request(certificates: Certificates, what: str) -> None:
+    tls = ("--tls-cert", certificates.server, "--tls-key", certificates.server, "--client-head-timeout", T)
+    with Upstream(unused) as upstream, harness.ProxyProcess(upstream.url, *tls) as proxy:
+        if what == "untrusting":
+            with pytest.raises(ssl.SSLError):
+                peers.connect(proxy.address, certificates.client_context(ca=certificates.stranger_ca))
+        else:
+            with peers.connect(proxy.address) as wire:
+                if what == "plain":
+                    wire.get()
+                else:
+                    wire.send(b"\x16\x03\x01\x02\x00\x01")
+                if what == "closed":
+                    wire.end_write()
+                if what == "reset":
+                    time.sleep(0.05)
+                    wire.reset()
+                else:
+                    wire.await_end()
+        record = proxy.wait_for(lambda record: record["event"] == "connection.abort")
+        stop = proxy.stop()
+        assert sum(record["event"] == "connection.abort" for record in proxy.records()) == 1
+    assert (record["level"], record["side"], record["phase"], record["operation"]) == (
+        "warning",
+        "client",
+        "tls_handshake",
+        "handshake",
+    )
+    causes = {"plain": ("tls", "protocol"), "closed": ("closed", "tls"), "silent": ("timeout",), "reset": ("reset",)}
+    assert record["cause"] in causes.get(what, ("tls",))
+    assert stop["requests"]["begun"] == 0
+
+
+def test_the_two_sides_are_the_sockets_that_were_used(stage: Stage) -> None:
+    """Two requests at once, of which one is aborted: each record has its own client, upstream and counts."""
+    upstream = stage.upstream = stage.upstreams["tcp"]
+    upstream.script = peers.answer_and_wait(LONG + b"abcd")
+    proxy = stage.use(upstream.url, "plain", ())
+    before = len(proxy.requests())
+    wires = [peers.connect(proxy.address) for _ in range(3)]
+    for wire in wires:
+        wire.get()
+        wire.read_head()
+        wire.read_exactly(4)
+    names = ["{}:{}".format(*wire.sock.getsockname()) for wire in wires]
+    wires[1].reset()
+    record = proxy.wait_requests(before + 1)[-1]
+    assert record["client"] == names[1]
+    for wire in wires:
+        wire.close()
+    proxy.wait_requests(before + 3)
+    upstream.forget()
+
+
+def test_a_socket_file_without_a_listener_refuses(tmp_path: typing.Any) -> None:
+    path = str(tmp_path / "dead.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(path)
+    with harness.ProxyProcess(f"unix://{path}") as proxy, peers.connect(proxy.address) as wire:
+        wire.get()
+        assert wire.read_response().status == 502
+        record = proxy.next_request()
+    harness.check_record(record)
+    assert (record["side"], record["phase"], record["cause"]) == ("upstream", "connect", "refused")
