@@ -63,14 +63,14 @@ SIDES = ("client", "upstream", "proxy")
 PHASES = ("tls_handshake", "request_head", "connect", "request_body", "response_head", "response_body", "tunnel")
 OPERATIONS = ("read", "write", "connect", "handshake", None)
 CAUSES = (
-    "timeout", "deadline", "dead_peer", "closed", "reset", "refused", "unreachable", "dns", "tls", "protocol", "limit", "forbidden",
-    "unauthorized", "resource", "killed", "shutdown", "internal",
+    "timeout", "deadline", "dead_peer", "closed", "reset", "refused", "unreachable", "dns", "tls", "protocol", "limit",
+    "forbidden", "unauthorized", "resource", "killed", "shutdown", "internal",
 )  # fmt: skip
 _COUNTS = {"client_read", "client_written", "upstream_read", "upstream_written", "request_body", "response_body"}
 _TIMINGS = ("head", "connected", "request_sent", "first_byte", "last_byte")
 _EVIDENCE = {
-    "unacked_bytes", "notsent_bytes", "retransmits", "rtt_s", "last_ack_s", "last_data_recv_s", "rwnd_limited_s", "busy_s", "state",
-    "verdict",
+    "unacked_bytes", "notsent_bytes", "retransmits", "rtt_s", "last_ack_s", "last_data_recv_s", "rwnd_limited_s",
+    "busy_s", "state", "verdict",
 }  # fmt: skip
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3,9}Z")
 
