@@ -404,7 +404,7 @@ def check_partial_head(octets: bytes, start: int = 0) -> None:
         raise MalformedMessage("this looks like a TLS handshake, but plain HTTP is spoken here", 0, octets[:8])
     at = _find_stray(octets, start - 1 if start and octets[start - 1] == 0x0D else start)
     if at is not None:
-        raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 16) : at + 16])
+        raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 4) : at + 8])
 
 
 def _find_stray(octets: bytes, start: int = 0) -> int | None:
@@ -413,6 +413,14 @@ def _find_stray(octets: bytes, start: int = 0) -> int | None:
     assert match is not None  # the pattern takes an empty sequence too
     at = match.end()
     return None if at == len(octets) or octets[at:] == b"\r" else at
+
+
+def _without_query(target: bytes) -> bytes:
+    """Returns: a target as an error may quote it: secrets are in queries and in user information."""
+    path, mark, _ = target.partition(b"?")
+    scheme, slashes, rest = path.partition(b"://")
+    authority, at, behind = rest.partition(b"@")
+    return (scheme + slashes + b"***@" + behind if at and b"/" not in authority else path) + (b"?..." if mark else b"")
 
 
 def _name_stray(octet: int) -> str:
@@ -437,14 +445,16 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
     if TOKEN.fullmatch(parts[0]) is None:
         return MalformedMessage("a method that is no token", 0, parts[0])
     if len(parts) < 3:
-        return MalformedMessage("a request line without an HTTP version", len(line), line[-32:])
+        return MalformedMessage("a request line without an HTTP version", len(line), _without_query(line))
     if len(parts) > 3:
-        return MalformedMessage("more than two spaces in the request line", len(parts[0]), line)
+        return MalformedMessage("more than two spaces in the request line", len(parts[0]), _without_query(line))
     if not parts[1]:
-        return MalformedMessage("two spaces in a row in the request line", len(parts[0]), line)
+        return MalformedMessage("two spaces in a row in the request line", len(parts[0]), _without_query(line))
     if REQUEST_LINE.fullmatch(b"GET / " + parts[2]) is None:
         return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), parts[2])
-    return MalformedMessage("octets outside visible ASCII in the request target", len(parts[0]) + 1, parts[1])
+    return MalformedMessage(
+        "octets outside visible ASCII in the request target", len(parts[0]) + 1, _without_query(parts[1])
+    )
 
 
 def _explain_section(octets: bytes) -> MalformedMessage:
@@ -469,7 +479,9 @@ def _explain_section(octets: bytes) -> MalformedMessage:
         reason = "whitespace between a field name and its colon"
     else:
         reason = "a field name that is no token"
-    return MalformedMessage(reason, at, line)
+    # The name alone, or a few octets where there is none: values hold credentials.
+    folded = rest[:1] in (b" ", b"\t")
+    return MalformedMessage(reason, at, line[:1] if folded else name[:32] if colon else line[:8])
 
 
 def _elements(values: list[bytes]) -> list[bytes]:
@@ -529,21 +541,25 @@ def _check_target(method: bytes, target: bytes, host: bytes | None) -> None:
     """
     at = len(method) + 1
     if b"#" in target:
-        raise MalformedMessage("a fragment in the request target", at + target.index(b"#"), target)
+        raise MalformedMessage("a fragment in the request target", at + target.index(b"#"), _without_query(target))
     if target[:1] == b"/" or (target == b"*" and method == b"OPTIONS"):
         return
     if method == b"CONNECT":
         return  # authority-form; answered with 405 where requests are judged
     match = ABSOLUTE_FORM.fullmatch(target)
     if match is None:
-        raise MalformedMessage("a request target that is neither a path nor an absolute URI", at, target)
+        raise MalformedMessage(
+            "a request target that is neither a path nor an absolute URI", at, _without_query(target)
+        )
     # RFC 9112 §3.2.2 lets the target win over Host. Both are relayed as they came, so where they differ it would be
     # left to chance which of them the upstream serves.
     authority: bytes = match.group(1)
     if not authority or HOST.fullmatch(authority) is None:
-        raise MalformedMessage("an absolute request target without a valid host", at, target)
+        raise MalformedMessage("an absolute request target without a valid host", at, _without_query(target))
     if host is not None and authority.lower() != host.lower():
-        raise MalformedMessage("a request target for another host than the Host field names", at, target)
+        raise MalformedMessage(
+            "a request target for another host than the Host field names", at, _without_query(target)
+        )
 
 
 # --- proxy/fields.py, line 1 ---
@@ -4845,10 +4861,11 @@ between.
 
 # --- proxy/record.py, line 28 ---
 
-# Query fields whose values are secrets by name.
+# User information, and query fields whose values are secrets by name.
 _SECRET_FIELDS = re.compile(
-    rb"([?&](?:access_token|api[_-]?key|auth|authorization|client_secret|credentials?|key|pass|password|passwd|pwd|secret|session|sig|signature|"
-    rb"token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
+    rb"(://)[^/@?#]*+(?=@)"
+    rb"|([?&](?:access_token|api[_-]?key|auth|authorization|client_secret|credentials?|key|pass|password|passwd|pwd"
+    rb"|secret|session|sig|signature|token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
     re.IGNORECASE,
 )
 _quote = json.encoder.encode_basestring_ascii
@@ -4863,8 +4880,8 @@ def printable(octets: bytes) -> str:
 
 
 def mask_secrets(target: bytes) -> bytes:
-    """Returns: ``target`` with the values of known secret query fields replaced by ``***``."""
-    return _SECRET_FIELDS.sub(rb"\1***", target) if b"?" in target else target
+    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``."""
+    return _SECRET_FIELDS.sub(rb"\1\2***", target) if b"?" in target or b"@" in target else target
 
 
 class Tally:
@@ -5156,7 +5173,8 @@ class Record:
             content = relay.response.relayed_content()
             what = f"{method} {target}"[:300]
             client = self.about.client
-            fields["message"] = f"{what} answered {self.status()}: {content:,} bytes of content to client {client}"
+            answered = f"{what} answered {self.status()} in {now - first_at:.6f} s"
+            fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
@@ -5169,7 +5187,7 @@ class Record:
             "limit": describe_limit(abort),
             "error_type": abort.error_type,
             "exception": describe_exception(abort.original),
-            "stalled_s": self._stalled(now),
+            "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
             "events": [
                 {"t": round(at - self.first_at, 6), "side": side, "what": what}
@@ -5183,15 +5201,17 @@ class Record:
             fields["traceback"] = "".join(traceback.format_exception(abort.original))[-8192:]
         return fields
 
-    def _stalled(self, now: float) -> dict[str, float]:
+    def _stalled(self, now: float, *, refused: bool) -> dict[str, float]:
         """Time since the last byte moved, for each side and direction that was open."""
         relay = self.relay
         if relay is None:
-            return {"client_read": round(now - (self.head_at or self.first_at), 6)}
+            # A head that was not whole was being read; one that was refused leaves nothing open.
+            return {"client_read": round(now - self.first_at, 6)} if self.head is None and not refused else {}
         began = self.connected_at or self.head_at or self.first_at
         stalled: dict[str, float] = {}
-        if not relay.request.finished:
+        if not relay.request.framing.complete:
             stalled["client_read"] = round(now - (relay.request.last_read_at or self.head_at or self.first_at), 6)
+        if not relay.request.finished and relay.upstream is not None:
             stalled["upstream_write"] = round(now - (relay.request.last_written_at or began), 6)
         if not relay.response.finished and relay.upstream is not None:
             stalled["upstream_read"] = round(now - (relay.response.last_read_at or began), 6)
@@ -5271,7 +5291,8 @@ class Record:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        doing = f", {upstream} was still sending" if abort.side is not Side.UPSTREAM else ""
+        state = "was still sending" if counts["response_body"] else "had not ended it"
+        doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""
         return f"{counts['response_body']:,}{of} bytes of the response had reached {client}{doing}"
@@ -6265,18 +6286,21 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         finally:
             tally.add(CONNECTIONS, -1)
 
-    def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
+    def _name(self, address: typing.Any) -> tuple[str, str]:
+        """Returns: the client's name for the log, and its address for X-Forwarded-For."""
         if self.is_unix:
             path = (
                 self.server_address
                 if isinstance(self.server_address, str)
                 else os.fsdecode(typing.cast(bytes, self.server_address))
             )
-            name, host = f"unix:{path}", "unknown"
-        else:
-            host, port = address[0], address[1]
-            host = host.removeprefix("::ffff:") if "." in host else host
-            name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return f"unix:{path}", "unknown"
+        host, port = address[0], address[1]
+        host = host.removeprefix("::ffff:") if "." in host else host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host
+
+    def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
+        name, host = self._name(address)
         connection = ClientConnection(self.worker, request, name, host, overflow=overflow)
         with self._lock:
             self.connections.add(connection)
@@ -6296,11 +6320,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _turn_away(self, request: socket.socket, address: typing.Any) -> None:
         request.close()
         limit = self.worker.settings.max_connections
+        name, _ = self._name(address)
         self.worker.log.event(
             "warning",
             "connection.abort",
-            message=f"{limit} closed a connection of client {address!r} unread: too many others wait for their 503",
-            client=str(address),
+            message=f"{limit} closed a connection of client {name} unread: too many others wait for their 503",
+            client=name,
             pid=self.worker.pid,
             side="proxy",
             cause="limit",
@@ -6316,7 +6341,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             "error",
             "connection.abort",
             message=f"a bug in the proxy ended a connection: {what}",
-            client=str(client_address),
+            client=self._name(client_address)[0],
             pid=self.worker.pid,
             side="proxy",
             cause="internal",
@@ -6663,10 +6688,11 @@ class Supervisor:
         began_at = time.monotonic()
         for index in range(self.settings.workers):
             self._start(index)
+        workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
         self.log.event(
             "info",
             "server.start",
-            message=f"listening on {self.where}, upstream {self.settings.upstream}, {self.settings.workers} workers",
+            message=f"listening on {self.where}, upstream {self.settings.upstream}, {workers}",
             pid=os.getpid(),
             listen=self.where,
             workers=sorted(self.pids),

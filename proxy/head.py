@@ -219,7 +219,7 @@ def check_partial_head(octets: bytes, start: int = 0) -> None:
         raise MalformedMessage("this looks like a TLS handshake, but plain HTTP is spoken here", 0, octets[:8])
     at = _find_stray(octets, start - 1 if start and octets[start - 1] == 0x0D else start)
     if at is not None:
-        raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 16) : at + 16])
+        raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 4) : at + 8])
 
 
 def _find_stray(octets: bytes, start: int = 0) -> int | None:
@@ -228,6 +228,14 @@ def _find_stray(octets: bytes, start: int = 0) -> int | None:
     assert match is not None  # the pattern takes an empty sequence too
     at = match.end()
     return None if at == len(octets) or octets[at:] == b"\r" else at
+
+
+def _without_query(target: bytes) -> bytes:
+    """Returns: a target as an error may quote it: secrets are in queries and in user information."""
+    path, mark, _ = target.partition(b"?")
+    scheme, slashes, rest = path.partition(b"://")
+    authority, at, behind = rest.partition(b"@")
+    return (scheme + slashes + b"***@" + behind if at and b"/" not in authority else path) + (b"?..." if mark else b"")
 
 
 def _name_stray(octet: int) -> str:
@@ -252,14 +260,16 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
     if TOKEN.fullmatch(parts[0]) is None:
         return MalformedMessage("a method that is no token", 0, parts[0])
     if len(parts) < 3:
-        return MalformedMessage("a request line without an HTTP version", len(line), line[-32:])
+        return MalformedMessage("a request line without an HTTP version", len(line), _without_query(line))
     if len(parts) > 3:
-        return MalformedMessage("more than two spaces in the request line", len(parts[0]), line)
+        return MalformedMessage("more than two spaces in the request line", len(parts[0]), _without_query(line))
     if not parts[1]:
-        return MalformedMessage("two spaces in a row in the request line", len(parts[0]), line)
+        return MalformedMessage("two spaces in a row in the request line", len(parts[0]), _without_query(line))
     if REQUEST_LINE.fullmatch(b"GET / " + parts[2]) is None:
         return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), parts[2])
-    return MalformedMessage("octets outside visible ASCII in the request target", len(parts[0]) + 1, parts[1])
+    return MalformedMessage(
+        "octets outside visible ASCII in the request target", len(parts[0]) + 1, _without_query(parts[1])
+    )
 
 
 def _explain_section(octets: bytes) -> MalformedMessage:
@@ -284,7 +294,9 @@ def _explain_section(octets: bytes) -> MalformedMessage:
         reason = "whitespace between a field name and its colon"
     else:
         reason = "a field name that is no token"
-    return MalformedMessage(reason, at, line)
+    # The name alone, or a few octets where there is none: values hold credentials.
+    folded = rest[:1] in (b" ", b"\t")
+    return MalformedMessage(reason, at, line[:1] if folded else name[:32] if colon else line[:8])
 
 
 def _elements(values: list[bytes]) -> list[bytes]:
@@ -344,18 +356,22 @@ def _check_target(method: bytes, target: bytes, host: bytes | None) -> None:
     """
     at = len(method) + 1
     if b"#" in target:
-        raise MalformedMessage("a fragment in the request target", at + target.index(b"#"), target)
+        raise MalformedMessage("a fragment in the request target", at + target.index(b"#"), _without_query(target))
     if target[:1] == b"/" or (target == b"*" and method == b"OPTIONS"):
         return
     if method == b"CONNECT":
         return  # authority-form; answered with 405 where requests are judged
     match = ABSOLUTE_FORM.fullmatch(target)
     if match is None:
-        raise MalformedMessage("a request target that is neither a path nor an absolute URI", at, target)
+        raise MalformedMessage(
+            "a request target that is neither a path nor an absolute URI", at, _without_query(target)
+        )
     # RFC 9112 §3.2.2 lets the target win over Host. Both are relayed as they came, so where they differ it would be
     # left to chance which of them the upstream serves.
     authority: bytes = match.group(1)
     if not authority or HOST.fullmatch(authority) is None:
-        raise MalformedMessage("an absolute request target without a valid host", at, target)
+        raise MalformedMessage("an absolute request target without a valid host", at, _without_query(target))
     if host is not None and authority.lower() != host.lower():
-        raise MalformedMessage("a request target for another host than the Host field names", at, target)
+        raise MalformedMessage(
+            "a request target for another host than the Host field names", at, _without_query(target)
+        )

@@ -25,10 +25,11 @@ from .log import EventLog, timestamp
 from .relay import Relay
 from .vocabulary import Cause, Operation, Phase, Side
 
-# Query fields whose values are secrets by name.
+# User information, and query fields whose values are secrets by name.
 _SECRET_FIELDS = re.compile(
-    rb"([?&](?:access_token|api[_-]?key|auth|authorization|client_secret|credentials?|key|pass|password|passwd|pwd|secret|session|sig|signature|"
-    rb"token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
+    rb"(://)[^/@?#]*+(?=@)"
+    rb"|([?&](?:access_token|api[_-]?key|auth|authorization|client_secret|credentials?|key|pass|password|passwd|pwd"
+    rb"|secret|session|sig|signature|token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
     re.IGNORECASE,
 )
 _quote = json.encoder.encode_basestring_ascii
@@ -43,8 +44,8 @@ def printable(octets: bytes) -> str:
 
 
 def mask_secrets(target: bytes) -> bytes:
-    """Returns: ``target`` with the values of known secret query fields replaced by ``***``."""
-    return _SECRET_FIELDS.sub(rb"\1***", target) if b"?" in target else target
+    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``."""
+    return _SECRET_FIELDS.sub(rb"\1\2***", target) if b"?" in target or b"@" in target else target
 
 
 class Tally:
@@ -336,7 +337,8 @@ class Record:
             content = relay.response.relayed_content()
             what = f"{method} {target}"[:300]
             client = self.about.client
-            fields["message"] = f"{what} answered {self.status()}: {content:,} bytes of content to client {client}"
+            answered = f"{what} answered {self.status()} in {now - first_at:.6f} s"
+            fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
@@ -349,7 +351,7 @@ class Record:
             "limit": describe_limit(abort),
             "error_type": abort.error_type,
             "exception": describe_exception(abort.original),
-            "stalled_s": self._stalled(now),
+            "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
             "events": [
                 {"t": round(at - self.first_at, 6), "side": side, "what": what}
@@ -363,15 +365,17 @@ class Record:
             fields["traceback"] = "".join(traceback.format_exception(abort.original))[-8192:]
         return fields
 
-    def _stalled(self, now: float) -> dict[str, float]:
+    def _stalled(self, now: float, *, refused: bool) -> dict[str, float]:
         """Time since the last byte moved, for each side and direction that was open."""
         relay = self.relay
         if relay is None:
-            return {"client_read": round(now - (self.head_at or self.first_at), 6)}
+            # A head that was not whole was being read; one that was refused leaves nothing open.
+            return {"client_read": round(now - self.first_at, 6)} if self.head is None and not refused else {}
         began = self.connected_at or self.head_at or self.first_at
         stalled: dict[str, float] = {}
-        if not relay.request.finished:
+        if not relay.request.framing.complete:
             stalled["client_read"] = round(now - (relay.request.last_read_at or self.head_at or self.first_at), 6)
+        if not relay.request.finished and relay.upstream is not None:
             stalled["upstream_write"] = round(now - (relay.request.last_written_at or began), 6)
         if not relay.response.finished and relay.upstream is not None:
             stalled["upstream_read"] = round(now - (relay.response.last_read_at or began), 6)
@@ -451,7 +455,8 @@ class Record:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        doing = f", {upstream} was still sending" if abort.side is not Side.UPSTREAM else ""
+        state = "was still sending" if counts["response_body"] else "had not ended it"
+        doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""
         return f"{counts['response_body']:,}{of} bytes of the response had reached {client}{doing}"

@@ -122,18 +122,21 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         finally:
             tally.add(CONNECTIONS, -1)
 
-    def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
+    def _name(self, address: typing.Any) -> tuple[str, str]:
+        """Returns: the client's name for the log, and its address for X-Forwarded-For."""
         if self.is_unix:
             path = (
                 self.server_address
                 if isinstance(self.server_address, str)
                 else os.fsdecode(typing.cast(bytes, self.server_address))
             )
-            name, host = f"unix:{path}", "unknown"
-        else:
-            host, port = address[0], address[1]
-            host = host.removeprefix("::ffff:") if "." in host else host
-            name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return f"unix:{path}", "unknown"
+        host, port = address[0], address[1]
+        host = host.removeprefix("::ffff:") if "." in host else host
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host
+
+    def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
+        name, host = self._name(address)
         connection = ClientConnection(self.worker, request, name, host, overflow=overflow)
         with self._lock:
             self.connections.add(connection)
@@ -153,11 +156,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _turn_away(self, request: socket.socket, address: typing.Any) -> None:
         request.close()
         limit = self.worker.settings.max_connections
+        name, _ = self._name(address)
         self.worker.log.event(
             "warning",
             "connection.abort",
-            message=f"{limit} closed a connection of client {address!r} unread: too many others wait for their 503",
-            client=str(address),
+            message=f"{limit} closed a connection of client {name} unread: too many others wait for their 503",
+            client=name,
             pid=self.worker.pid,
             side="proxy",
             cause="limit",
@@ -173,7 +177,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             "error",
             "connection.abort",
             message=f"a bug in the proxy ended a connection: {what}",
-            client=str(client_address),
+            client=self._name(client_address)[0],
             pid=self.worker.pid,
             side="proxy",
             cause="internal",

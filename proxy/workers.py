@@ -310,10 +310,11 @@ class Supervisor:
         began_at = time.monotonic()
         for index in range(self.settings.workers):
             self._start(index)
+        workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
         self.log.event(
             "info",
             "server.start",
-            message=f"listening on {self.where}, upstream {self.settings.upstream}, {self.settings.workers} workers",
+            message=f"listening on {self.where}, upstream {self.settings.upstream}, {workers}",
             pid=os.getpid(),
             listen=self.where,
             workers=sorted(self.pids),
