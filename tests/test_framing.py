@@ -226,6 +226,7 @@ def test_complete_takes_nothing_more() -> None:
         (b"0\r\nX\r\n", "a trailer field that is no field"),
         (b"0\r\n X: y\r\n", "a trailer field that is no field"),
         (b"0\r\nX: \x7f", "a control character in chunked framing"),
+        (b"0\r\nX: y\rZ", "a control character in chunked framing"),
         (b"0\r\nX: y\n", "a line feed without its carriage return in chunked framing"),
         (b"0\r\nHOST: y\r\n", "a trailer field that may only stand in a head"),
         (b"0\r\n" + b"X:\r\n" * (MAX_FIELDS + 1), f"more than {MAX_FIELDS} trailer fields"),
