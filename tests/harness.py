@@ -218,7 +218,16 @@ class ProxyProcess:
     def records(self) -> list[LogRecord]:
         """Returns: all records so far."""
         path = self.log_path if self._own_log else self.stderr_path
-        return parse_log(path.read_bytes()) if path.exists() else []
+        if not path.exists():
+            return []
+        octets = path.read_bytes()
+        # One write may become visible page by page while it is under way.
+        for _ in range(20):
+            if octets.endswith(b"\n") or not octets or self.process.poll() is not None:
+                break
+            time.sleep(0.005)
+            octets = path.read_bytes()
+        return parse_log(octets)
 
     def requests(self) -> list[LogRecord]:
         """Returns: all terminal records so far."""
