@@ -190,6 +190,7 @@ class ProxyProcess:
             self.start_record = self.wait_for(lambda record: record["event"] == "server.start", _START_S)
         except BaseException:
             self.kill()
+            self.remove()
             raise
         self.listen: str = self.start_record["listen"]
         self._offset = 0
