@@ -47,7 +47,7 @@ _FRAMED = [
     b"\r\n",
     b"\r\nGET / HTTP/1.1\r\n",
     b"Content-Length: 5\r\n\r\nhello",
-    b"content-length:\t05 \r\n\r\nhello" + _HELLO,
+    b"content-length:  05 \r\n\r\nhello" + _HELLO,
     b"Content-Length: 6\r\n\r\nhello",
     b"Content-Length: 0\r\n\r\nhello",
     b"Transfer-Encoding: chunked\r\n\r\n" + _HELLO,
@@ -295,6 +295,24 @@ def test_request_line_refused(line: bytes, reason: str, octet: int) -> None:
     assert error.bound is None
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET\t/?a=SECRET\tHTTP/1.1",
+        b"GET /?a=SECRET",
+        b"GET / ?a=SECRET",
+        b"GET / /?a=SECRET HTTP/1.1",
+        b"GET /\xe9?a=SECRET HTTP/1.1",
+        b"GET a?a=SECRET HTTP/1.1",
+        b"GET /?a=SECRET#b HTTP/1.1",
+        b"GET http://b/?a=SECRET HTTP/1.1",
+        b"GET http://u:SECRET@a/ HTTP/1.1",
+    ],
+)
+def test_no_error_quotes_a_query_or_user_information(line: bytes) -> None:
+    assert "SECRET" not in str(_refused_request(line + b"\r\nHost: a\r\n\r\n"))
+
+
 _BEFORE = len(b"GET / HTTP/1.1\r\n")
 
 
@@ -317,6 +335,8 @@ _BEFORE = len(b"GET / HTTP/1.1\r\n")
         (b"Connection: a b\r\n", "a Connection option that is no token", 0),
         (b"Connection: a, host\r\n", "a Connection option that names a field meant for all recipients", 0),
         (b"Content-Length: 1\r\nContent-Length: 1\r\n", "more than one Content-Length", 0),
+        (b"Content-Length:\t1\r\n", "a tab in a field that frames the body", 0),
+        (b"transfer-encoding: chunked\t\r\n", "a tab in a field that frames the body", 0),
         (b"Content-Length: 1x\r\n", "a Content-Length that is not a number of at most 18 digits", 0),
         (b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n", "both Transfer-Encoding and Content-Length", 0),
         (b"Transfer-Encoding: chunked,\r\n", "a Transfer-Encoding with an empty element", 0),
@@ -401,7 +421,8 @@ def test_target_accepted(target: bytes, method: bytes) -> None:
 
 def test_10_needs_no_host() -> None:
     assert parse_request_head(b"GET / HTTP/1.0\r\n\r\n", SectionMemory()).minor == 0
-    assert parse_request_head(b"GET http://a/ HTTP/1.0\r\n\r\n", SectionMemory()).target == b"http://a/"
+    error = _refused_request(b"GET http://a/ HTTP/1.0\r\n\r\n")
+    assert (error.reason, error.octet) == ("an absolute request target without a Host field", 4)
 
 
 # Memory.
