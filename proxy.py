@@ -228,6 +228,9 @@ _READ_FIELDS = frozenset(
         b"x-request-id",
     )
 )
+# Tabs may stand around their values (RFC 9112 §5.1), but Node and nginx take them for a part of it, and the fields are
+# relayed as they came.
+_FRAMING_FIELDS = frozenset((b"content-length", b"transfer-encoding"))
 _CREDENTIALS = frozenset(
     (b"authorization", b"cookie", b"proxy-authorization", b"set-cookie", b"x-registry-auth", b"x-registry-config")
 )
@@ -262,6 +265,8 @@ class HeaderSection:
         for name, value in self.fields:
             lower = name.lower()
             if lower in _READ_FIELDS:
+                if b"\t" in value and lower in _FRAMING_FIELDS:
+                    raise MalformedMessage("a tab in a field that frames the body", 0, name)
                 self.known.setdefault(lower, []).append(value.strip(b" \t"))
             elif lower in _CREDENTIALS:
                 self.has_credentials = True
@@ -443,7 +448,7 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
     if not line:
         return MalformedMessage("an empty request line", 0)
     if TOKEN.fullmatch(parts[0]) is None:
-        return MalformedMessage("a method that is no token", 0, parts[0])
+        return MalformedMessage("a method that is no token", 0, _without_query(parts[0]))
     if len(parts) < 3:
         return MalformedMessage("a request line without an HTTP version", len(line), _without_query(line))
     if len(parts) > 3:
@@ -451,7 +456,7 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
     if not parts[1]:
         return MalformedMessage("two spaces in a row in the request line", len(parts[0]), _without_query(line))
     if REQUEST_LINE.fullmatch(b"GET / " + parts[2]) is None:
-        return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), parts[2])
+        return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), _without_query(parts[2]))
     return MalformedMessage(
         "octets outside visible ASCII in the request target", len(parts[0]) + 1, _without_query(parts[1])
     )
@@ -556,7 +561,10 @@ def _check_target(method: bytes, target: bytes, host: bytes | None) -> None:
     authority: bytes = match.group(1)
     if not authority or HOST.fullmatch(authority) is None:
         raise MalformedMessage("an absolute request target without a valid host", at, _without_query(target))
-    if host is not None and authority.lower() != host.lower():
+    if host is None:
+        # Only in HTTP/1.0: the Host field that upstream has to get would be ours, and name another host.
+        raise MalformedMessage("an absolute request target without a Host field", at, _without_query(target))
+    if authority.lower() != host.lower():
         raise MalformedMessage(
             "a request target for another host than the Host field names", at, _without_query(target)
         )
