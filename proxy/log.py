@@ -5,9 +5,13 @@ never waits for its log for longer than a moment, and never fails because of it.
 for log rotation.
 """
 
+import collections.abc
+import contextlib
+import errno
 import fcntl
 import json
 import logging
+import mmap
 import os
 import select
 import stat
@@ -98,76 +102,138 @@ def _cut_strings(value: object, room: int) -> object:
     return value
 
 
-class LineFile:
-    """An open file descriptor that takes whole lines.
+class SharedState:
+    """What all processes that write to one log know of it: a lock between them, and how the last write ended."""
 
-    A regular file takes each in one appending write. For a pipe, a socket or a terminal, ``lock_fd`` (a file all
-    workers share) keeps a line larger than the kernel's atomic size together, and a reader that has stopped costs a
-    line, not a transfer.
+    def __init__(self) -> None:
+        self._lock_fd = os.memfd_create("log-lock", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else None
+        self._cells = mmap.mmap(-1, 2)
+
+    @property
+    def torn(self) -> bool:
+        """Whether a part of a line stands at the end: the next line must not be glued to it."""
+        return self._cells[0] != 0
+
+    @torn.setter
+    def torn(self, value: bool) -> None:
+        self._cells[0] = value
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the reader of a pipe had not read for too long: nobody waits for it again until it does."""
+        return self._cells[1] != 0
+
+    @stuck.setter
+    def stuck(self, value: bool) -> None:
+        self._cells[1] = value
+
+    @contextlib.contextmanager
+    def locked(self) -> collections.abc.Iterator[None]:
+        """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart."""
+        if self._lock_fd is None:
+            yield
+            return
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+
+
+class LineFile:
+    """An open file that takes whole lines.
+
+    A regular file takes each in one appending write. For a pipe, a socket or a terminal, a lock that all workers share
+    keeps a line larger than the kernel's atomic size together, and a reader that has stopped costs a line, not a
+    transfer.
     """
 
-    def __init__(self, fd: int, lock_fd: int | None) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, shared: SharedState) -> None:
+        """Take over ``fd``, unless it is stderr."""
         self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        self._lock_fd = lock_fd
-        self._lock = threading.Lock()  # guards nothing but the order of writes; lockf alone does not hold threads apart
-        self._stuck = False
-        if not self.is_regular:
-            self.fd = self._private_description(fd)
-
-    def _private_description(self, fd: int) -> int:
-        # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
-        # socket can't be opened that way and stays as it is: journald reads its sockets.
-        try:
-            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return fd
+        self.fd = fd if self.is_regular else _private_description(fd)
+        self._shared = shared
+        self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads
 
     def write(self, data: bytes) -> None:
         """Write one line. Raises: OSError if it could not be written whole."""
         if self.is_regular:
+            if self._shared.torn:
+                self._begin_line()
             written = os.write(self.fd, data)
             if written != len(data):
-                # A disk that is full took a part. The next line must not be glued to it.
-                os.write(self.fd, b"\n")
-                raise OSError(28, "only a part of the line fit")
+                self._take_back(data[:written])
+                raise OSError(errno.ENOSPC, "only a part of the line fit")
             return
-        with self._lock:
-            if self._lock_fd is not None:
-                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX)
+        with self._lock, self._shared.locked():
+            self._write_waiting(data)
+
+    def _begin_line(self) -> None:
+        with self._lock, self._shared.locked():
+            if self._shared.torn:
+                os.write(self.fd, b"\n")
+                self._shared.torn = False
+
+    def _take_back(self, part: bytes) -> None:
+        """A full disk took a part of a line: remove it again, or at least keep it apart from the next one."""
+        try:
+            reader = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                self._write_waiting(data)
+                begin = os.fstat(reader).st_size - len(part)
+                if begin >= 0 and os.pread(reader, len(part), begin) == part:
+                    os.ftruncate(self.fd, begin)
+                    return
             finally:
-                if self._lock_fd is not None:
-                    fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+                os.close(reader)
+        except OSError:
+            pass  # it may not be read, say: then the part stays, as a line of its own
+        self._shared.torn = True
 
     def _write_waiting(self, data: bytes) -> None:
-        give_up_at = time.monotonic() + (0.0 if self._stuck else _PATIENCE_S)
+        shared = self._shared
+        give_up_at = time.monotonic() + (0.0 if shared.stuck else _PATIENCE_S)
         poller = select.poll()
         poller.register(self.fd, select.POLLOUT)
-        view = memoryview(data)
+        view = memoryview(b"\n" + data if shared.torn else data)
         while view:
             wait_s = max(0.0, give_up_at - time.monotonic())
             if not poller.poll(wait_s * 1000):
-                self._stuck = True
-                raise BlockingIOError(11, "nobody reads the log")
+                shared.stuck = True
+                raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
             try:
                 count = os.write(self.fd, view)
             except BlockingIOError:
                 # poll promises one page; this line is larger than what is free.
                 if time.monotonic() >= give_up_at:
-                    self._stuck = True
+                    shared.stuck = True
                     raise
                 time.sleep(0.005)
                 continue
             view = view[count:]
+            shared.torn = bool(view)
             give_up_at = time.monotonic() + _PATIENCE_S
-        self._stuck = False
+        shared.stuck = False
 
-    def close(self) -> None:
-        """Close the descriptor, unless it is stderr."""
-        if self.fd > 2:
-            os.close(self.fd)
+    def replace(self, fd: int) -> None:
+        """Write to another open file from now on, which is taken over. Safe while other threads write."""
+        fresh = LineFile(fd, self._shared)
+        # The number stays: a thread may be about to write to it, and must not find another file under it.
+        os.dup2(fresh.fd, self.fd, inheritable=False)
+        os.close(fresh.fd)
+        self.is_regular = fresh.is_regular
+        self._shared.torn = False
+
+
+def _private_description(fd: int) -> int:
+    # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
+    # socket can't be opened that way and stays as it is: journald reads its sockets.
+    try:
+        private = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return fd
+    if fd > 2:
+        os.close(fd)
+    return private
 
 
 class EventLog:
@@ -180,13 +246,15 @@ class EventLog:
         self.info_enabled = self.threshold <= LEVELS["info"]
         self.formatter = RecordFormatter()
         self.lost_lines = 0
-        self._lock = threading.Lock()  # guards lost_lines and the exchange of _file
-        self._lock_fd = os.memfd_create("log-lock", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else None
-        self._stderr = LineFile(2, self._lock_fd)
-        self._file = self._stderr if path == "-" else LineFile(self._open(), self._lock_fd)
+        self._lock = threading.Lock()  # guards lost_lines
+        fd = 2 if path == "-" else self._open()
+        self._stderr = LineFile(2, SharedState())
+        self._file = self._stderr if path == "-" else LineFile(fd, SharedState())
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        # O_NONBLOCK: a named pipe that nobody reads is an error, and not an endless wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(self.path, flags, 0o640)
 
     def enabled(self, level: str) -> bool:
         """Whether events of that level are written."""
@@ -198,14 +266,14 @@ class EventLog:
             self.write(self.formatter.line(level, event, fields))
 
     def write(self, line: str) -> None:
-        """Write one finished line. Never raises for the file's sake."""
+        """Write one finished line. Raises nothing: a transfer must not fail because of its log."""
         data = line.encode("ascii")
         try:
             self._file.write(data)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # a bug in here has no other log to be told to
             self._lose(data, error)
 
-    def _lose(self, data: bytes, error: OSError) -> None:
+    def _lose(self, data: bytes, error: Exception) -> None:
         with self._lock:
             self.lost_lines += 1
             first = self.lost_lines == 1 or self.lost_lines % 1000 == 0
@@ -225,14 +293,8 @@ class EventLog:
 
         Raises: OSError.
         """
-        if self.path == "-":
-            return
-        fresh = LineFile(self._open(), self._lock_fd)
-        with self._lock:
-            old, self._file = self._file, fresh
-        # A thread may be about to write to the old descriptor; its number must not be given to another file under it.
-        os.dup2(fresh.fd, old.fd, inheritable=False)
-        self._retired = old
+        if self.path != "-":
+            self._file.replace(self._open())
 
     def capture_library_logs(self) -> None:
         """Send what libraries log at warning and above through this log, as events."""

@@ -44,10 +44,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.is_unix = listener.family == socket.AF_UNIX
         self._all_connections = all_connections
         self._max_connections = worker.settings.max_connections.value
-        self._lock = threading.Lock()  # guards connections, _idle, _threads, _overflow, _stopped
+        self._lock = threading.Lock()  # guards connections, _idle, _threads, _queued, _overflow, _stopped
         self.connections: set[ClientConnection] = set()
         self._idle = 0
         self._threads = 0
+        self._queued = 0  # connections accepted while stopping, each on a thread of its own
         self._overflow = 0
         self._stopped = False
         self._complained_at = 0.0
@@ -211,17 +212,29 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 request, address = self.socket.accept()
             except OSError:
                 break  # the queue is empty
-            threading.Thread(target=self.process_request, args=(request, address), daemon=True).start()
+            with self._lock:
+                self._queued += 1
+            threading.Thread(target=self._serve_queued, args=(request, address), daemon=True).start()
         try:
             # Wakes the threads that wait in accept.
             self.socket.shutdown(socket.SHUT_RD)
         except OSError:
             return  # a listener of another worker's as well, and that one was first
 
-    def connection_count(self) -> int:
-        """Returns: the connections being served."""
+    def _serve_queued(self, request: typing.Any, address: typing.Any) -> None:
+        try:
+            self.process_request(request, address)
+        finally:
+            with self._lock:
+                self._queued -= 1
+
+    def has_ended(self) -> bool:
+        """Whether no thread accepts or serves any more, after ``stop_accepting``.
+
+        The connections alone do not tell: one may have been accepted and not be among them yet.
+        """
         with self._lock:
-            return len(self.connections)
+            return self._stopped and not self._threads and not self._queued
 
     def snapshot(self) -> list[ClientConnection]:
         """Returns: the connections being served."""

@@ -31,6 +31,7 @@ _CELL_BYTES = 8
 _SLOT_BYTES = len(Tally.NAMES) * _CELL_BYTES
 _DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
 _SWEEP_EVERY_S = 5.0
+_DRAIN_POLL_S = 0.02
 # A worker that dies right after its start is not started again at once.
 _RESTART_PAUSE_S = 1.0
 # What the ending of a request in flight, record included, may take once its time is up.
@@ -149,6 +150,8 @@ class WorkerProcess:
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
         self.tally = Tally(counts.slot(index))
+        # An earlier process in this place has counted, and the process above counts its own lines itself.
+        self._lost_before = self.tally.counts()["lost_lines"] - log.lost_lines
         self.worker: Worker = make_worker(
             settings,
             log,
@@ -171,23 +174,39 @@ class WorkerProcess:
         poller = select.poll()
         poller.register(self.control_fd, select.POLLIN)
         while not self._finished():
-            wait_s = 0.02 if self.control.draining else _SWEEP_EVERY_S
-            if poller.poll(int(wait_s * 1000)):
-                commands = os.read(self.control_fd, 64)
-                for command in [bytes((c,)) for c in commands] or [_DRAIN]:
-                    self._obey(command)
-                if not commands:
-                    poller.unregister(self.control_fd)
-            elif not self.control.draining:
-                self.worker.pool.sweep()
-            self.tally.set(LOST_LINES, self.log.lost_lines)
-        self.tally.set(LOST_LINES, self.log.lost_lines)
+            try:
+                self._tend(poller)
+            except Exception as error:  # noqa: BLE001  # a bug in here must not cost the requests in flight
+                self.log.event(
+                    "error",
+                    "worker.error",
+                    message=f"worker {self.index} goes on after a bug in its housekeeping: {error!r}",
+                    pid=os.getpid(),
+                    traceback=traceback.format_exc()[-8192:],
+                )
+                time.sleep(0.1)
+            self._count_lost_lines()
+
+    def _tend(self, poller: select.poll) -> None:
+        """Wait for a command and obey it, or do what is due from time to time."""
+        draining = self.control.draining
+        if poller.poll(int((_DRAIN_POLL_S if draining else _SWEEP_EVERY_S) * 1000)):
+            commands = os.read(self.control_fd, 64)
+            if not commands:
+                poller.unregister(self.control_fd)
+            for command in [bytes((c,)) for c in commands] or [_DRAIN]:
+                self._obey(command)
+        elif not draining:
+            self.worker.pool.sweep()
+
+    def _count_lost_lines(self) -> None:
+        self.tally.set(LOST_LINES, self._lost_before + self.log.lost_lines)
 
     def _finished(self) -> bool:
         control = self.control
         if not control.draining:
             return False
-        if not self.server.connection_count():
+        if self.server.has_ended():
             return True
         # Everything in flight ends by itself when its time is up; what does not after that is a bug, and must not
         # hold the process.
