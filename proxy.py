@@ -12,6 +12,7 @@
 
 import collections
 import collections.abc
+import contextlib
 import dataclasses
 import decimal
 import difflib
@@ -2442,7 +2443,7 @@ for log rotation.
 """
 
 
-# --- proxy/log.py, line 19 ---
+# --- proxy/log.py, line 23 ---
 
 try:
     import pythonjsonlogger.json
@@ -2526,76 +2527,138 @@ def _cut_strings(value: object, room: int) -> object:
     return value
 
 
-class LineFile:
-    """An open file descriptor that takes whole lines.
+class SharedState:
+    """What all processes that write to one log know of it: a lock between them, and how the last write ended."""
 
-    A regular file takes each in one appending write. For a pipe, a socket or a terminal, ``lock_fd`` (a file all
-    workers share) keeps a line larger than the kernel's atomic size together, and a reader that has stopped costs a
-    line, not a transfer.
+    def __init__(self) -> None:
+        self._lock_fd = os.memfd_create("log-lock", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else None
+        self._cells = mmap.mmap(-1, 2)
+
+    @property
+    def torn(self) -> bool:
+        """Whether a part of a line stands at the end: the next line must not be glued to it."""
+        return self._cells[0] != 0
+
+    @torn.setter
+    def torn(self, value: bool) -> None:
+        self._cells[0] = value
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the reader of a pipe had not read for too long: nobody waits for it again until it does."""
+        return self._cells[1] != 0
+
+    @stuck.setter
+    def stuck(self, value: bool) -> None:
+        self._cells[1] = value
+
+    @contextlib.contextmanager
+    def locked(self) -> collections.abc.Iterator[None]:
+        """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart."""
+        if self._lock_fd is None:
+            yield
+            return
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+
+
+class LineFile:
+    """An open file that takes whole lines.
+
+    A regular file takes each in one appending write. For a pipe, a socket or a terminal, a lock that all workers share
+    keeps a line larger than the kernel's atomic size together, and a reader that has stopped costs a line, not a
+    transfer.
     """
 
-    def __init__(self, fd: int, lock_fd: int | None) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, shared: SharedState) -> None:
+        """Take over ``fd``, unless it is stderr."""
         self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        self._lock_fd = lock_fd
-        self._lock = threading.Lock()  # guards nothing but the order of writes; lockf alone does not hold threads apart
-        self._stuck = False
-        if not self.is_regular:
-            self.fd = self._private_description(fd)
-
-    def _private_description(self, fd: int) -> int:
-        # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
-        # socket can't be opened that way and stays as it is: journald reads its sockets.
-        try:
-            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return fd
+        self.fd = fd if self.is_regular else _private_description(fd)
+        self._shared = shared
+        self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads
 
     def write(self, data: bytes) -> None:
         """Write one line. Raises: OSError if it could not be written whole."""
         if self.is_regular:
+            if self._shared.torn:
+                self._begin_line()
             written = os.write(self.fd, data)
             if written != len(data):
-                # A disk that is full took a part. The next line must not be glued to it.
-                os.write(self.fd, b"\n")
-                raise OSError(28, "only a part of the line fit")
+                self._take_back(data[:written])
+                raise OSError(errno.ENOSPC, "only a part of the line fit")
             return
-        with self._lock:
-            if self._lock_fd is not None:
-                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX)
+        with self._lock, self._shared.locked():
+            self._write_waiting(data)
+
+    def _begin_line(self) -> None:
+        with self._lock, self._shared.locked():
+            if self._shared.torn:
+                os.write(self.fd, b"\n")
+                self._shared.torn = False
+
+    def _take_back(self, part: bytes) -> None:
+        """A full disk took a part of a line: remove it again, or at least keep it apart from the next one."""
+        try:
+            reader = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                self._write_waiting(data)
+                begin = os.fstat(reader).st_size - len(part)
+                if begin >= 0 and os.pread(reader, len(part), begin) == part:
+                    os.ftruncate(self.fd, begin)
+                    return
             finally:
-                if self._lock_fd is not None:
-                    fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+                os.close(reader)
+        except OSError:
+            pass  # it may not be read, say: then the part stays, as a line of its own
+        self._shared.torn = True
 
     def _write_waiting(self, data: bytes) -> None:
-        give_up_at = time.monotonic() + (0.0 if self._stuck else _PATIENCE_S)
+        shared = self._shared
+        give_up_at = time.monotonic() + (0.0 if shared.stuck else _PATIENCE_S)
         poller = select.poll()
         poller.register(self.fd, select.POLLOUT)
-        view = memoryview(data)
+        view = memoryview(b"\n" + data if shared.torn else data)
         while view:
             wait_s = max(0.0, give_up_at - time.monotonic())
             if not poller.poll(wait_s * 1000):
-                self._stuck = True
-                raise BlockingIOError(11, "nobody reads the log")
+                shared.stuck = True
+                raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
             try:
                 count = os.write(self.fd, view)
             except BlockingIOError:
                 # poll promises one page; this line is larger than what is free.
                 if time.monotonic() >= give_up_at:
-                    self._stuck = True
+                    shared.stuck = True
                     raise
                 time.sleep(0.005)
                 continue
             view = view[count:]
+            shared.torn = bool(view)
             give_up_at = time.monotonic() + _PATIENCE_S
-        self._stuck = False
+        shared.stuck = False
 
-    def close(self) -> None:
-        """Close the descriptor, unless it is stderr."""
-        if self.fd > 2:
-            os.close(self.fd)
+    def replace(self, fd: int) -> None:
+        """Write to another open file from now on, which is taken over. Safe while other threads write."""
+        fresh = LineFile(fd, self._shared)
+        # The number stays: a thread may be about to write to it, and must not find another file under it.
+        os.dup2(fresh.fd, self.fd, inheritable=False)
+        os.close(fresh.fd)
+        self.is_regular = fresh.is_regular
+        self._shared.torn = False
+
+
+def _private_description(fd: int) -> int:
+    # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
+    # socket can't be opened that way and stays as it is: journald reads its sockets.
+    try:
+        private = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return fd
+    if fd > 2:
+        os.close(fd)
+    return private
 
 
 class EventLog:
@@ -2608,13 +2671,15 @@ class EventLog:
         self.info_enabled = self.threshold <= LEVELS["info"]
         self.formatter = RecordFormatter()
         self.lost_lines = 0
-        self._lock = threading.Lock()  # guards lost_lines and the exchange of _file
-        self._lock_fd = os.memfd_create("log-lock", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else None
-        self._stderr = LineFile(2, self._lock_fd)
-        self._file = self._stderr if path == "-" else LineFile(self._open(), self._lock_fd)
+        self._lock = threading.Lock()  # guards lost_lines
+        fd = 2 if path == "-" else self._open()
+        self._stderr = LineFile(2, SharedState())
+        self._file = self._stderr if path == "-" else LineFile(fd, SharedState())
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        # O_NONBLOCK: a named pipe that nobody reads is an error, and not an endless wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(self.path, flags, 0o640)
 
     def enabled(self, level: str) -> bool:
         """Whether events of that level are written."""
@@ -2626,14 +2691,14 @@ class EventLog:
             self.write(self.formatter.line(level, event, fields))
 
     def write(self, line: str) -> None:
-        """Write one finished line. Never raises for the file's sake."""
+        """Write one finished line. Raises nothing: a transfer must not fail because of its log."""
         data = line.encode("ascii")
         try:
             self._file.write(data)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # a bug in here has no other log to be told to
             self._lose(data, error)
 
-    def _lose(self, data: bytes, error: OSError) -> None:
+    def _lose(self, data: bytes, error: Exception) -> None:
         with self._lock:
             self.lost_lines += 1
             first = self.lost_lines == 1 or self.lost_lines % 1000 == 0
@@ -2653,14 +2718,8 @@ class EventLog:
 
         Raises: OSError.
         """
-        if self.path == "-":
-            return
-        fresh = LineFile(self._open(), self._lock_fd)
-        with self._lock:
-            old, self._file = self._file, fresh
-        # A thread may be about to write to the old descriptor; its number must not be given to another file under it.
-        os.dup2(fresh.fd, old.fd, inheritable=False)
-        self._retired = old
+        if self.path != "-":
+            self._file.replace(self._open())
 
     def capture_library_logs(self) -> None:
         """Send what libraries log at warning and above through this log, as events."""
@@ -2916,8 +2975,8 @@ _ROWS: tuple[_Row, ...] = (
     (Side.CLIENT, (Phase.REQUEST_HEAD, Phase.REQUEST_BODY), (Cause.PROTOCOL,), 400, "http_request_error"),
     (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.LIMIT,), 431, "http_request_error"),
     (Side.CLIENT, (Phase.REQUEST_BODY,), (Cause.LIMIT,), 413, "http_request_error"),
-    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.FORBIDDEN,), 403, "http_request_denied"),
-    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.UNAUTHORIZED,), 401, "http_request_denied"),
+    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.FORBIDDEN,), 403, "http_request_error"),
+    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.UNAUTHORIZED,), 401, "http_request_error"),
     # client_write_deadline, which began with the end of the request head, while upstream had not answered yet.
     (Side.CLIENT, (Phase.CONNECT, Phase.RESPONSE_HEAD), (Cause.DEADLINE,), 504, "http_response_timeout"),
     # Reaching upstream.
@@ -4261,6 +4320,8 @@ class Relay:
                 # Under TLS only a read tells the end of the client's side.
                 if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
                     client_events |= client.read_event
+                    if client.has_unread:
+                        due_at = 0.0
             if response.pending:
                 client_events = max(client_events, 0) | client.write_event
             elif not response.finished:
@@ -4567,7 +4628,8 @@ class Relay:
     def _take_head_octets(self, octets: bytes, now: float) -> None:
         """Take octets of response heads: interim ones go on at once, the final one decides how the rest is relayed."""
         response = self.response
-        if self.head_octets:
+        checked = len(self.head_octets)
+        if checked:
             octets = self.head_octets + octets
             self.head_octets = b""
         memory = self.memory
@@ -4586,9 +4648,14 @@ class Relay:
                         detail="the response head is too large",
                     )
                 self.head_octets = octets
+                try:
+                    check_partial_head(octets, checked)
+                except MalformedMessage as error:
+                    raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
                 return
             head_octets = octets[: head_end + 4]
             octets = octets[head_end + 4 :]
+            checked = 0
             response.read += len(head_octets)
             try:
                 head = parse_response_head(head_octets, memory)
@@ -5930,6 +5997,10 @@ class ClientConnection:
         if connection is None:
             return
         self.waiter.forget_upstream()
+        endpoint = connection.endpoint
+        if endpoint is not None and self.settings.upstream.scheme != "unix" and unacknowledged_bytes(endpoint.sock):
+            # Behind octets that upstream does not read a FIN would wait as long as they do; a reset does not.
+            reset_on_close(endpoint.sock)
         connection.close()
 
     # -- the end of one request --------------------------------------------------------------------
@@ -6216,10 +6287,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.is_unix = listener.family == socket.AF_UNIX
         self._all_connections = all_connections
         self._max_connections = worker.settings.max_connections.value
-        self._lock = threading.Lock()  # guards connections, _idle, _threads, _overflow, _stopped
+        self._lock = threading.Lock()  # guards connections, _idle, _threads, _queued, _overflow, _stopped
         self.connections: set[ClientConnection] = set()
         self._idle = 0
         self._threads = 0
+        self._queued = 0  # connections accepted while stopping, each on a thread of its own
         self._overflow = 0
         self._stopped = False
         self._complained_at = 0.0
@@ -6383,17 +6455,29 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 request, address = self.socket.accept()
             except OSError:
                 break  # the queue is empty
-            threading.Thread(target=self.process_request, args=(request, address), daemon=True).start()
+            with self._lock:
+                self._queued += 1
+            threading.Thread(target=self._serve_queued, args=(request, address), daemon=True).start()
         try:
             # Wakes the threads that wait in accept.
             self.socket.shutdown(socket.SHUT_RD)
         except OSError:
             return  # a listener of another worker's as well, and that one was first
 
-    def connection_count(self) -> int:
-        """Returns: the connections being served."""
+    def _serve_queued(self, request: typing.Any, address: typing.Any) -> None:
+        try:
+            self.process_request(request, address)
+        finally:
+            with self._lock:
+                self._queued -= 1
+
+    def has_ended(self) -> bool:
+        """Whether no thread accepts or serves any more, after ``stop_accepting``.
+
+        The connections alone do not tell: one may have been accepted and not be among them yet.
+        """
         with self._lock:
-            return len(self.connections)
+            return self._stopped and not self._threads and not self._queued
 
     def snapshot(self) -> list[ClientConnection]:
         """Returns: the connections being served."""
@@ -6417,6 +6501,7 @@ _CELL_BYTES = 8
 _SLOT_BYTES = len(Tally.NAMES) * _CELL_BYTES
 _DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
 _SWEEP_EVERY_S = 5.0
+_DRAIN_POLL_S = 0.02
 # A worker that dies right after its start is not started again at once.
 _RESTART_PAUSE_S = 1.0
 # What the ending of a request in flight, record included, may take once its time is up.
@@ -6535,6 +6620,8 @@ class WorkerProcess:
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
         self.tally = Tally(counts.slot(index))
+        # An earlier process in this place has counted, and the process above counts its own lines itself.
+        self._lost_before = self.tally.counts()["lost_lines"] - log.lost_lines
         self.worker: Worker = make_worker(
             settings,
             log,
@@ -6557,23 +6644,39 @@ class WorkerProcess:
         poller = select.poll()
         poller.register(self.control_fd, select.POLLIN)
         while not self._finished():
-            wait_s = 0.02 if self.control.draining else _SWEEP_EVERY_S
-            if poller.poll(int(wait_s * 1000)):
-                commands = os.read(self.control_fd, 64)
-                for command in [bytes((c,)) for c in commands] or [_DRAIN]:
-                    self._obey(command)
-                if not commands:
-                    poller.unregister(self.control_fd)
-            elif not self.control.draining:
-                self.worker.pool.sweep()
-            self.tally.set(LOST_LINES, self.log.lost_lines)
-        self.tally.set(LOST_LINES, self.log.lost_lines)
+            try:
+                self._tend(poller)
+            except Exception as error:  # noqa: BLE001  # a bug in here must not cost the requests in flight
+                self.log.event(
+                    "error",
+                    "worker.error",
+                    message=f"worker {self.index} goes on after a bug in its housekeeping: {error!r}",
+                    pid=os.getpid(),
+                    traceback=traceback.format_exc()[-8192:],
+                )
+                time.sleep(0.1)
+            self._count_lost_lines()
+
+    def _tend(self, poller: select.poll) -> None:
+        """Wait for a command and obey it, or do what is due from time to time."""
+        draining = self.control.draining
+        if poller.poll(int((_DRAIN_POLL_S if draining else _SWEEP_EVERY_S) * 1000)):
+            commands = os.read(self.control_fd, 64)
+            if not commands:
+                poller.unregister(self.control_fd)
+            for command in [bytes((c,)) for c in commands] or [_DRAIN]:
+                self._obey(command)
+        elif not draining:
+            self.worker.pool.sweep()
+
+    def _count_lost_lines(self) -> None:
+        self.tally.set(LOST_LINES, self._lost_before + self.log.lost_lines)
 
     def _finished(self) -> bool:
         control = self.control
         if not control.draining:
             return False
-        if not self.server.connection_count():
+        if self.server.has_ended():
             return True
         # Everything in flight ends by itself when its time is up; what does not after that is a bug, and must not
         # hold the process.

@@ -171,8 +171,8 @@ _ROWS: tuple[_Row, ...] = (
     (Side.CLIENT, (Phase.REQUEST_HEAD, Phase.REQUEST_BODY), (Cause.PROTOCOL,), 400, "http_request_error"),
     (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.LIMIT,), 431, "http_request_error"),
     (Side.CLIENT, (Phase.REQUEST_BODY,), (Cause.LIMIT,), 413, "http_request_error"),
-    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.FORBIDDEN,), 403, "http_request_denied"),
-    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.UNAUTHORIZED,), 401, "http_request_denied"),
+    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.FORBIDDEN,), 403, "http_request_error"),
+    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.UNAUTHORIZED,), 401, "http_request_error"),
     # client_write_deadline, which began with the end of the request head, while upstream had not answered yet.
     (Side.CLIENT, (Phase.CONNECT, Phase.RESPONSE_HEAD), (Cause.DEADLINE,), 504, "http_response_timeout"),
     # Reaching upstream.

@@ -601,6 +601,10 @@ class ClientConnection:
         if connection is None:
             return
         self.waiter.forget_upstream()
+        endpoint = connection.endpoint
+        if endpoint is not None and self.settings.upstream.scheme != "unix" and unacknowledged_bytes(endpoint.sock):
+            # Behind octets that upstream does not read a FIN would wait as long as they do; a reset does not.
+            reset_on_close(endpoint.sock)
         connection.close()
 
     # -- the end of one request --------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .endpoint import READABLE, WRITABLE, AnyEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines
 from .framing import NO_BODY, ConnectionFraming, Framing, Mark, response_framing
 from .grammar import MalformedMessage
-from .head import RequestHead, ResponseHead, SectionMemory, parse_response_head
+from .head import RequestHead, ResponseHead, SectionMemory, check_partial_head, parse_response_head
 from .kernel import POLLRDHUP, SplicePipe
 from .limits import Bound, Limit, Watch
 from .vocabulary import Cause, Operation, Phase, Side
@@ -323,6 +323,8 @@ class Relay:
                 # Under TLS only a read tells the end of the client's side.
                 if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
                     client_events |= client.read_event
+                    if client.has_unread:
+                        due_at = 0.0
             if response.pending:
                 client_events = max(client_events, 0) | client.write_event
             elif not response.finished:
@@ -629,7 +631,8 @@ class Relay:
     def _take_head_octets(self, octets: bytes, now: float) -> None:
         """Take octets of response heads: interim ones go on at once, the final one decides how the rest is relayed."""
         response = self.response
-        if self.head_octets:
+        checked = len(self.head_octets)
+        if checked:
             octets = self.head_octets + octets
             self.head_octets = b""
         memory = self.memory
@@ -648,9 +651,14 @@ class Relay:
                         detail="the response head is too large",
                     )
                 self.head_octets = octets
+                try:
+                    check_partial_head(octets, checked)
+                except MalformedMessage as error:
+                    raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
                 return
             head_octets = octets[: head_end + 4]
             octets = octets[head_end + 4 :]
+            checked = 0
             response.read += len(head_octets)
             try:
                 head = parse_response_head(head_octets, memory)
