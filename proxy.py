@@ -10,6 +10,13 @@
 
 """A threaded reverse proxy that never swallows an abort: one structured record for every request it relays."""
 
+import sys
+
+match sys.version_info >= (3, 11):  # a syntax error here means: Python 3.11 or newer is needed
+    case False:
+        sys.stderr.write("proxy: error: Python 3.11 or newer is needed, and this is " + sys.version.split()[0] + "\n")
+        sys.exit(2)
+
 import collections
 import collections.abc
 import contextlib
@@ -41,7 +48,6 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import tempfile
 import termios
 import textwrap
@@ -53,6 +59,7 @@ import types
 import typing
 
 __version__ = "0.1.0"
+
 
 # --- proxy/dependencies.py, line 1 ---
 
@@ -97,12 +104,13 @@ def require_dependencies() -> None:
         sys.stderr.write(mending_commands(missing))
         raise SystemExit(2)
 
+
 require_dependencies()
 
-import certifi  # noqa: E402
-import urllib3  # noqa: E402
-import urllib3.connection  # noqa: E402
-import urllib3.connectionpool  # noqa: E402
+import certifi
+import urllib3
+import urllib3.connection
+import urllib3.connectionpool
 
 
 # --- proxy/grammar.py, line 1 ---
@@ -639,8 +647,9 @@ def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[by
     lines = []
     for name, value in section.fields:
         lower = name.lower()
+        # With "_" for "-" CGI and WSGI make the same name of it, and a client's would pass for ours.
         if (
-            lower not in dropped
+            lower.replace(b"_", b"-") not in dropped
             and lower not in _HOP_BY_HOP
             and (lower not in options or lower == b"transfer-encoding")
         ):
@@ -686,7 +695,10 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
         upgrade=upgrade,
-        expects_continue=expect is not None and head.minor == 1 and any(v.lower() == b"100-continue" for v in expect),
+        expects_continue=expect is not None
+        and head.minor == 1
+        and b"expect" not in options
+        and any(v.lower() == b"100-continue" for v in expect),
     )
     section.prepared = prepared
     return prepared
@@ -7511,5 +7523,6 @@ def _notes(settings: Settings) -> list[str]:
 if __name__ == "__main__":
     require_dependencies()
     # Only now: these import what may have been missing.
+    # What the package imports here is above.
 
     sys.exit(main(sys.argv[1:]))

@@ -66,8 +66,9 @@ def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[by
     lines = []
     for name, value in section.fields:
         lower = name.lower()
+        # With "_" for "-" CGI and WSGI make the same name of it, and a client's would pass for ours.
         if (
-            lower not in dropped
+            lower.replace(b"_", b"-") not in dropped
             and lower not in _HOP_BY_HOP
             and (lower not in options or lower == b"transfer-encoding")
         ):
@@ -113,7 +114,10 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
         upgrade=upgrade,
-        expects_continue=expect is not None and head.minor == 1 and any(v.lower() == b"100-continue" for v in expect),
+        expects_continue=expect is not None
+        and head.minor == 1
+        and b"expect" not in options
+        and any(v.lower() == b"100-continue" for v in expect),
     )
     section.prepared = prepared
     return prepared
