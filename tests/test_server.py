@@ -1,0 +1,224 @@
+"""Numbers of connections: too many, very many, and too few descriptors for them."""
+
+import collections.abc
+import contextlib
+import resource
+import select
+import socket
+import time
+
+import pytest
+
+import harness
+from harness import ProxyProcess, wait_until
+from peers import Upstream, Wire, answer_all, connect, ok
+
+
+@pytest.fixture
+def upstream() -> collections.abc.Iterator[Upstream]:
+    with Upstream(answer_all(ok(b"fine"))) as upstream:
+        yield upstream
+
+
+def ask(wire: Wire) -> int:
+    """Returns: the status of one answer."""
+    wire.get()
+    return wire.read_response().status
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_connection_too_many_is_told_so(workers: str, upstream: Upstream) -> None:
+    """With a 503 and a reject record; when one has gone, the next is served."""
+    with ProxyProcess(upstream.url, "--max-connections", "3", "--workers", workers) as proxy:
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(connect(proxy.address)) for _ in range(3)]
+            assert [ask(wire) for wire in held] == [200] * 3
+            with connect(proxy.address) as wire:
+                wire.get("/too/many")
+                response = wire.read_response()
+                assert response.status == 503
+                assert b"error=connection_limit_reached" in (response.get("proxy-status") or b"")
+                assert response.get("connection") == b"close"
+                assert b"max_connections" in response.body
+                assert wire.await_end() == "fin"
+            assert [ask(wire) for wire in held] == [200] * 3  # the others are not touched
+            record = proxy.wait_for(lambda record: record["event"] == "request.reject")
+            harness.check_record(record)
+            assert (record["side"], record["cause"], record["phase"]) == ("proxy", "limit", "request_head")
+            assert record["limit"] == {"name": "max_connections", "value": 3, "source": "flag"}
+            assert record["target"] == "/too/many"
+            held[0].close()
+
+            def served() -> bool:
+                with connect(proxy.address) as wire:
+                    return ask(wire) == 200
+
+            wait_until(served)
+
+
+def test_a_connection_too_many_that_says_nothing_is_closed(upstream: Upstream) -> None:
+    with ProxyProcess(upstream.url, "--max-connections", "1") as proxy, connect(proxy.address) as held:
+        assert ask(held) == 200
+        with connect(proxy.address) as wire:
+            began_at = time.monotonic()
+            assert wire.await_end() == "fin"
+            assert time.monotonic() - began_at < 4
+        assert len(proxy.requests()) == 1
+
+
+def test_far_too_many_connections_leave_no_threads(upstream: Upstream) -> None:
+    """Beyond those that wait for a 503, connections are closed unread, with an event each."""
+    with ProxyProcess(upstream.url, "--max-connections", "1") as proxy, contextlib.ExitStack() as stack:
+        held = stack.enter_context(connect(proxy.address))
+        assert ask(held) == 200
+        for _ in range(150):
+            stack.enter_context(connect(proxy.address))
+        wait_until(lambda: sum(r["event"] == "connection.abort" for r in proxy.records()) >= 150 - 64)
+        assert proxy.threads() < 80
+        assert ask(held) == 200
+        wait_until(lambda: proxy.threads() < 75, 10)
+
+
+class Crowd:
+    """Clients and upstream of very many connections at once, in one thread."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(4096)
+        self.listener.setblocking(False)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.poll = select.epoll()
+        self.poll.register(self.listener, select.EPOLLIN)
+        self.clients: dict[int, socket.socket] = {}
+        self.upstreams: dict[int, socket.socket] = {}
+        self.heard: dict[int, bytes] = {}
+        self.pending: set[int] = set()  # upstream connections with a request that is not answered
+
+    def connect(self, address: tuple[str, int]) -> None:
+        """Connect all, and send a request on each."""
+        for number in range(self.count):
+            sock = socket.create_connection(address, 10)
+            sock.sendall(b"GET /%d HTTP/1.1\r\nHost: t\r\nX-Request-Id: r%d\r\n\r\n" % (number, number))
+            sock.setblocking(False)
+            self.clients[sock.fileno()] = sock
+            self.heard[sock.fileno()] = b""
+            self.poll.register(sock, select.EPOLLIN)
+            self.turn(0)
+
+    def turn(self, timeout_s: float) -> None:
+        """Take what is ready."""
+        for fd, _ in self.poll.poll(timeout_s):
+            if fd == self.listener.fileno():
+                with contextlib.suppress(BlockingIOError):  # the queue is empty
+                    while True:
+                        sock, _ = self.listener.accept()
+                        sock.setblocking(False)
+                        self.upstreams[sock.fileno()] = sock
+                        self.heard[sock.fileno()] = b""
+                        self.poll.register(sock, select.EPOLLIN)
+                continue
+            sock = self.clients.get(fd) or self.upstreams[fd]
+            octets = sock.recv(65536)
+            if not octets:
+                self.poll.unregister(fd)
+                continue
+            self.heard[fd] += octets
+            if fd in self.upstreams and octets.endswith(b"\r\n\r\n"):
+                self.pending.add(fd)
+
+    def until(self, condition: collections.abc.Callable[[], bool], timeout_s: float) -> None:
+        """Take turns until a condition holds. Raises: AssertionError."""
+        until = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < until, (len(self.pending), sum(b"fine" in h for h in self.heard.values()))
+            self.turn(0.05)
+
+    def answer(self) -> None:
+        """Answer all requests that are pending."""
+        for fd in self.pending:
+            self.upstreams[fd].sendall(ok(b"fine"))
+        self.pending.clear()
+
+    def close(self) -> None:
+        """Close all."""
+        self.poll.close()
+        for sock in (self.listener, *self.clients.values(), *self.upstreams.values()):
+            sock.close()
+
+
+def test_4096_requests_at_once() -> None:
+    """All are held open together, then answered: each has its own record."""
+    count = 4096
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * count + 200
+    if hard < needed:
+        pytest.skip(f"the limit on open files is {hard}, and {needed} are needed: ulimit -n")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+    crowd = Crowd(count)
+    try:
+        with ProxyProcess(crowd.url, "--workers", "2") as proxy:
+            crowd.connect(("127.0.0.1", proxy.port))
+            crowd.until(lambda: len(crowd.pending) == count, 60)
+            assert not proxy.requests()
+            crowd.answer()
+            crowd.until(lambda: all(b"fine" in crowd.heard[fd] for fd in crowd.clients), 60)
+            records = proxy.wait_requests(count, 30)
+            assert {record["event"] for record in records} == {"request.complete"}
+            assert {record["request_id"] for record in records} == {f"r{number}" for number in range(count)}
+            assert all(record["target"] == "/" + record["request_id"][1:] for record in records)
+            for record in records:
+                number = record["request_id"]
+                assert record["bytes"]["response_body"] == 4, number
+            assert len({record["client"] for record in records}) == count
+            for sock in crowd.clients.values():
+                sock.close()
+            crowd.clients.clear()
+            wait_until(lambda: proxy.threads() < 3 * 70, 20, "the end of most threads")
+            stop = proxy.stop()
+            assert stop["requests"] == {"begun": count, "complete": count, "reject": 0, "abort": 0}
+    finally:
+        crowd.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_descriptors_requests_fail_for_a_resource_and_it_recovers(upstream: Upstream) -> None:
+    """EMFILE while upstream is connected is the proxy's own lack; EMFILE in accept keeps clients waiting."""
+    with ProxyProcess(upstream.url, prefix=("prlimit", "--nofile=48:48")) as proxy:
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(connect(proxy.address, patience_s=5)) for _ in range(24)]
+            statuses = []
+            for wire in wires:  # each holds a descriptor, and its request needs another one
+                with contextlib.suppress(TimeoutError):
+                    wire.sock.settimeout(1.0)
+                    statuses.append(ask(wire))
+            assert 200 in statuses
+        with contextlib.ExitStack() as stack:
+            held = []
+
+            def hold(wire: Wire) -> None:
+                wire.read_head()
+                held.append(wire)
+                wire.await_end()
+
+            upstream.script = hold
+            wires = [stack.enter_context(connect(proxy.address, patience_s=5)) for _ in range(40)]
+            for wire in wires:
+                wire.get("/held")
+            aborted = proxy.wait_for(lambda record: record["event"] == "request.abort")
+            harness.check_record(aborted)
+            assert (aborted["side"], aborted["cause"], aborted["phase"]) == ("proxy", "resource", "connect")
+            assert aborted["status"] == 503
+            assert aborted["exception"]["errno"] == "EMFILE"
+            proxy.wait_for(lambda record: record["event"] == "server.resource")
+        upstream.script = answer_all(ok(b"fine"))
+
+        def served() -> bool:
+            with connect(proxy.address, patience_s=2) as wire:
+                return ask(wire) == 200
+
+        wait_until(served)
+        with contextlib.ExitStack() as stack:  # and more than one at a time
+            wires = [stack.enter_context(connect(proxy.address)) for _ in range(8)]
+            assert [ask(wire) for wire in wires] == [200] * 8

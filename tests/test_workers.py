@@ -1,0 +1,405 @@
+"""Signals, deaths and ends: of one worker, of the process above, of a terminal's whole group."""
+
+import collections.abc
+import os
+import pathlib
+import resource
+import signal
+import socket
+import stat
+import threading
+import time
+
+import pytest
+
+import harness
+from harness import LogRecord, ProxyProcess, run_cli, wait_until
+from peers import Upstream, Wire, chunk, connect, ok
+
+_BEGIN = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"begin")
+
+
+class Gate:
+    """An upstream that answers ``/slow`` in two halves, the second once it is let through, and all else at once."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def __call__(self, wire: Wire) -> None:
+        while True:
+            head = wire.read_request()
+            if head.startswith(b"GET /slow"):
+                wire.send(_BEGIN)
+                self.open.wait(10)
+                wire.send(chunk(b"end") + b"0\r\n\r\n")
+            elif head.startswith(b"GET /never"):
+                wire.send(_BEGIN)
+                wire.await_end()
+                return
+            else:
+                wire.send(ok(b"fine"))
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def upstream(gate: Gate) -> collections.abc.Iterator[Upstream]:
+    with Upstream(gate) as upstream:
+        yield upstream
+        gate.open.set()
+
+
+def begin(proxy: ProxyProcess, target: str) -> Wire:
+    """Returns: a connection on which a response has begun."""
+    wire = connect(proxy.address)
+    wire.get(target)
+    assert b"200 OK" in wire.read_head()
+    wire.read_exactly(len(chunk(b"begin")))
+    return wire
+
+
+def only(proxy: ProxyProcess) -> LogRecord:
+    """Returns: the one terminal record, checked."""
+    (record,) = proxy.requests()
+    harness.check_record(record)
+    return record
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_transfer_in_flight_is_completed(workers: str, gate: Gate, upstream: Upstream) -> None:
+    """SIGTERM: no new connections; what runs has its time."""
+    with ProxyProcess(upstream.url, "--drain-timeout", "10", "--workers", workers) as proxy:
+        with begin(proxy, "/slow") as wire:
+            pids = proxy.pids()
+            proxy.send_signal(signal.SIGTERM)
+            proxy.wait_for(lambda record: record["event"] == "server.drain")
+
+            def refused() -> bool:
+                try:
+                    with connect(proxy.address):
+                        return False
+                except ConnectionError:
+                    return True
+
+            wait_until(refused)
+            gate.open.set()
+            assert wire.read_to_end() == chunk(b"end") + b"0\r\n\r\n"
+            assert wire.end == "fin"  # it ends, though nothing else was announced
+        proxy.await_stop(3, pids)
+        assert only(proxy)["event"] == "request.complete"
+
+
+def test_the_drain_timeout_ends_what_still_runs(upstream: Upstream) -> None:
+    with ProxyProcess(upstream.url, "--drain-timeout", "0.3") as proxy:
+        with begin(proxy, "/never") as wire:
+            pids = proxy.pids()
+            began_at = time.monotonic()
+            proxy.send_signal(signal.SIGTERM)
+            assert wire.read_to_end() == b""
+            assert 0.3 <= time.monotonic() - began_at < 2
+        proxy.await_stop(3, pids)
+        record = only(proxy)
+        assert (record["side"], record["cause"], record["phase"]) == ("proxy", "shutdown", "response_body")
+
+
+def test_a_second_sigterm_ends_at_once(upstream: Upstream) -> None:
+    with ProxyProcess(upstream.url, "--drain-timeout", "60", "--workers", "2") as proxy:
+        with begin(proxy, "/never") as one, begin(proxy, "/never") as two:
+            pids = proxy.pids()
+            began_at = time.monotonic()
+            proxy.send_signal(signal.SIGTERM)
+            proxy.wait_for(lambda record: record["event"] == "server.drain")
+            proxy.send_signal(signal.SIGTERM)
+            one.read_to_end()
+            two.read_to_end()
+        proxy.await_stop(3, pids)
+        assert time.monotonic() - began_at < 3
+        assert [record["cause"] for record in proxy.requests()] == ["shutdown", "shutdown"]
+
+
+def test_idle_connections_end_with_the_drain(upstream: Upstream) -> None:
+    """At once, with a FIN, and no record."""
+    with ProxyProcess(upstream.url, "--drain-timeout", "60", "--workers", "2") as proxy:
+        unused, used = connect(proxy.address), connect(proxy.address)
+        with unused, used:
+            used.get()
+            assert used.read_response().whole
+            began_at = time.monotonic()
+            proxy.send_signal(signal.SIGTERM)
+            assert unused.await_end() == used.await_end() == "fin"
+            assert time.monotonic() - began_at < 1
+        proxy.await_stop(3)
+        assert only(proxy)["event"] == "request.complete"
+
+
+def test_a_half_head_is_recorded_when_the_drain_ends(upstream: Upstream) -> None:
+    with ProxyProcess(upstream.url, "--drain-timeout", "0.3") as proxy:
+        with connect(proxy.address) as wire:
+            wire.send(b"GET /ha")
+            time.sleep(0.1)  # until the proxy's process has read it, which shows nowhere
+            proxy.send_signal(signal.SIGTERM)
+            assert b"503" in wire.read_to_end()
+        proxy.await_stop(3)
+        record = only(proxy)
+        assert (record["side"], record["cause"], record["phase"]) == ("proxy", "shutdown", "request_head")
+
+
+def test_connections_that_wait_in_the_queue_are_served(gate: Gate, upstream: Upstream) -> None:
+    """A connection that the kernel has accepted before the drain is answered, not reset."""
+    with ProxyProcess(upstream.url, "--drain-timeout", "5") as proxy:
+        (worker,) = proxy.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        wires = [connect(proxy.address) for _ in range(40)]
+        for wire in wires:
+            wire.get()
+        proxy.send_signal(signal.SIGTERM)
+        proxy.wait_for(lambda record: record["event"] == "server.drain")
+        os.kill(worker, signal.SIGCONT)
+        for wire in wires:
+            with wire:
+                assert wire.read_response().status == 200
+        stop = proxy.await_stop(5)
+        assert stop["requests"]["complete"] == 40
+
+
+def test_ctrl_c_of_a_terminal_counts_once(gate: Gate, upstream: Upstream) -> None:
+    """A terminal sends SIGINT to the whole group: the transfer in flight still has its time."""
+    with ProxyProcess(upstream.url, "--drain-timeout", "10", "--workers", "2") as proxy:
+        with begin(proxy, "/slow") as wire:
+            os.killpg(proxy.process.pid, signal.SIGINT)  # it has a session of its own
+            proxy.wait_for(lambda record: record["event"] == "server.drain")
+            gate.open.set()
+            assert wire.read_to_end().endswith(b"0\r\n\r\n")
+        proxy.await_stop(3)
+        assert only(proxy)["event"] == "request.complete"
+
+
+def test_a_worker_that_is_killed_is_replaced(gate: Gate, upstream: Upstream) -> None:
+    """Its requests are lost, and counted; those of the other worker go on."""
+    with ProxyProcess(upstream.url, "--workers", "2") as proxy:
+        wires: list[Wire] = []
+        held: dict[int, list[Wire]] = {}
+        before = proxy.worker_pids()
+        try:
+            while len(held) < 2 or len(wires) < 6:
+                wire = begin(proxy, "/slow")
+                wires.append(wire)
+                held.setdefault(_owner(before, wire), []).append(wire)
+                assert len(wires) < 100
+            victim, other = before
+            began_at = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
+            exit_record = proxy.wait_for(lambda record: record["event"] == "worker.exit")
+            assert exit_record["pid"] == victim
+            assert exit_record["status"] == -9
+            assert exit_record["lost_requests"] == len(held[victim])
+            assert exit_record["level"] == "error"
+            for wire in held[victim]:
+                wire.await_end()
+            wait_until(lambda: len(proxy.worker_pids()) == 2 and victim not in proxy.worker_pids())
+            # New connections are served, by both: those that came meanwhile waited.
+            for _ in range(30):
+                with connect(proxy.address) as wire:
+                    wire.get()
+                    assert wire.read_response().status == 200
+            assert time.monotonic() - began_at < 5
+            gate.open.set()
+            for wire in held[other]:
+                assert wire.read_exactly(len(chunk(b"end")) + 5).endswith(b"0\r\n\r\n")
+        finally:
+            for wire in wires:
+                wire.close()
+        proxy.process.terminate()
+        assert proxy.process.wait(10) == 0
+        stop = proxy.records()[-1]
+        assert stop["event"] == "server.stop"
+        assert stop["balanced"] is False
+        counts = stop["requests"]
+        ended = counts["complete"] + counts["reject"] + counts["abort"]
+        assert counts["begun"] - ended == len(held[victim])
+        assert counts["complete"] == 30 + len(held[other])
+
+
+def _owner(pids: list[int], wire: Wire) -> int:
+    """Returns: the worker that holds the other end of a connection."""
+    port = wire.sock.getsockname()[1]
+    rows = pathlib.Path("/proc/net/tcp").read_text().splitlines()
+    inodes = {row.split()[9] for row in rows if row.split()[2].endswith(f":{port:04X}")}
+    for pid in pids:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                link = os.readlink(f"/proc/{pid}/fd/{fd}")
+            except FileNotFoundError:
+                continue  # closed just now
+            if link.removeprefix("socket:[").removesuffix("]") in inodes:
+                return pid
+    raise AssertionError("nobody holds it")
+
+
+def test_without_the_process_above_workers_drain(gate: Gate, upstream: Upstream) -> None:
+    """kill -9 of the first process: transfers in flight are completed, then the workers end."""
+    with ProxyProcess(upstream.url, "--workers", "2", "--drain-timeout", "10") as proxy:
+        workers = proxy.worker_pids()
+        assert len(workers) == 2
+        with begin(proxy, "/slow") as wire:
+            proxy.process.kill()
+            proxy.process.wait(5)
+
+            def refused() -> bool:
+                try:
+                    with connect(proxy.address):
+                        return False
+                except ConnectionError:
+                    return True
+
+            wait_until(refused)
+            gate.open.set()
+            assert wire.read_to_end().endswith(b"0\r\n\r\n")
+        wait_until(lambda: not any(_runs(pid) for pid in workers))
+        assert only(proxy)["event"] == "request.complete"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_sigusr2_shows_what_is_in_flight(gate: Gate, upstream: Upstream) -> None:
+    with ProxyProcess(upstream.url, "--workers", "2") as proxy:
+        with begin(proxy, "/slow?token=secret") as one, begin(proxy, "/slow") as two, connect(proxy.address):
+            with connect(proxy.address) as half:
+                half.send(b"GET /ha")
+                time.sleep(0.1)  # until the proxy has read it, which shows nowhere
+                proxy.send_signal(signal.SIGUSR2)
+                wait_until(
+                    lambda: sum(record["event"] == "server.inflight" for record in proxy.records()) == 2,
+                    what="two summaries",
+                )
+            records = proxy.records()
+            shown = [record for record in records if record["event"] == "request.inflight"]
+            assert len(shown) == 3
+            assert sum(r["requests"] for r in records if r["event"] == "server.inflight") == 3
+            assert sum(r["connections"] for r in records if r["event"] == "server.inflight") == 4
+            assert {r["target"] for r in shown} == {"/slow?token=***", "/slow", None}
+            assert all(r["bytes"]["upstream_written"] > 0 for r in shown if r["target"])
+            gate.open.set()
+            for wire in (one, two):
+                assert wire.read_exactly(len(chunk(b"end")) + 5).endswith(b"0\r\n\r\n")
+
+
+def test_a_port_in_use_is_one_clear_line() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        port = holder.getsockname()[1]
+        done = run_cli("--listen", f"127.0.0.1:{port}", "--upstream", "http://127.0.0.1:1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "another process listens there" in done.stderr
+
+
+def test_two_proxies_do_not_share_a_port(upstream: Upstream) -> None:
+    """With SO_REUSEPORT a second one would silently take half of the connections."""
+    with ProxyProcess(upstream.url, "--workers", "2") as proxy:
+        done = run_cli("--listen", f"127.0.0.1:{proxy.port}", "--upstream", upstream.url, "--workers", "2")
+        assert done.returncode == 2
+        assert "another process listens there" in done.stderr
+
+
+def test_a_port_can_be_taken_again_at_once(upstream: Upstream) -> None:
+    """Connections in TIME_WAIT are no obstacle to a restart."""
+    with ProxyProcess(upstream.url) as first:
+        with connect(first.address) as wire:
+            wire.get()
+            assert wire.read_response().whole
+            port = first.port
+            first.stop()
+    with ProxyProcess(upstream.url, listen=f"127.0.0.1:{port}") as second, connect(second.address) as wire:
+        wire.get()
+        assert wire.read_response().whole
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_unix_socket_is_made_and_removed(workers: str, upstream: Upstream) -> None:
+    with ProxyProcess(upstream.url, "--workers", workers, listen="unix") as proxy:
+        path = pathlib.Path(str(proxy.address))
+        mode = path.stat().st_mode
+        assert stat.S_ISSOCK(mode)
+        assert mode & 0o777 == 0o660
+        for _ in range(10):
+            with connect(str(path)) as wire:
+                wire.get()
+                assert wire.read_response().status == 200
+        stop = proxy.stop()
+        assert stop["requests"]["complete"] == 10
+        assert not path.exists()
+        assert not [r for r in proxy.records() if r["level"] == "error"]
+
+
+def test_a_stale_unix_socket_is_replaced_and_one_in_use_is_not(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    with ProxyProcess(upstream.url, listen=f"unix:{path}") as proxy:
+        done = run_cli("--listen", f"unix:{path}", "--upstream", upstream.url)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "another process listens there" in done.stderr
+        with connect(str(path)) as wire:  # the first one still has it
+            wire.get()
+            assert wire.read_response().status == 200
+        assert proxy.process.poll() is None
+
+
+def test_a_file_in_the_place_of_a_unix_socket_stays(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    path.write_text("precious")
+    done = run_cli("--listen", f"unix:{path}", "--upstream", upstream.url)
+    assert done.returncode == 2
+    assert path.read_text() == "precious"
+    missing = run_cli("--listen", f"unix:{tmp_path}/no/s", "--upstream", upstream.url)
+    assert missing.returncode == 2
+    assert "the directory does not exist" in missing.stderr
+
+
+def test_a_worker_ends_in_time_when_a_client_takes_nothing(upstream: Upstream) -> None:
+    """A response whose last bytes a client does not read must not hold the process beyond the drain."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(ok(b"x" * 300_000))
+        wire.await_end()
+
+    with Upstream(script) as full, ProxyProcess(full.url, "--drain-timeout", "0.3") as proxy:
+        with connect(proxy.address, receive_buffer=4096) as wire:
+            wire.get()
+            wait_until(lambda: b"Host" in full.wire().received.octets)
+            began_at = time.monotonic()
+            proxy.send_signal(signal.SIGTERM)
+            proxy.process.wait(10)
+            assert time.monotonic() - began_at < 5
+        assert len(proxy.requests()) == 1
+
+
+def test_the_limit_on_open_files_is_raised(upstream: Upstream) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with ProxyProcess(upstream.url, prefix=("prlimit", f"--nofile=256:{hard}")) as proxy:
+        (pid,) = proxy.worker_pids()
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] == hard
+
+
+def test_systemd_is_told(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        manager.settimeout(5)
+        with ProxyProcess(upstream.url, env={"NOTIFY_SOCKET": path}) as proxy:
+            assert manager.recv(100) == b"READY=1"
+            proxy.stop()
+            assert manager.recv(100) == b"STOPPING=1"
