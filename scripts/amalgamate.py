@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Write ``proxy.py``, the whole package in one file, in dependency order.
 
-    scripts/amalgamate.py            write proxy.py
-    scripts/amalgamate.py --check    exit 1 if proxy.py is not what would be written
-    scripts/amalgamate.py --locate N print module:line of line N of proxy.py, as a traceback names it
+    scripts/amalgamate.py             write proxy.py
+    scripts/amalgamate.py --check     exit 1 if proxy.py is not what would be written
+    scripts/amalgamate.py --locate N  print module:line of line N of proxy.py, as a traceback names it
 
 What the package must keep to so that this works is checked, and told with file and line: imports of siblings only as
 ``from .module import Name``, other imports only as ``import module``, top-level names unique over the package.
 """
 
 import ast
+import collections.abc
 import pathlib
 import re
 import sys
@@ -20,6 +21,9 @@ OUTPUT = ROOT / "proxy.py"
 # Where the file begins to need what may be missing.
 CHECK_FIRST = "dependencies"
 LAST = "__main__"
+# They mean something else, or nothing, where all modules are one.
+OF_THE_MODULE = {"__file__", "__name__", "__package__", "__path__", "__spec__", "__doc__"}
+MARKER = re.compile(r"# --- (proxy/\w+\.py), line (\d+) ---")
 
 HEADER = """\
 #!/usr/bin/env python3
@@ -33,6 +37,18 @@ HEADER = """\
 # scripts/amalgamate.py --locate LINE finds it for a line of a traceback.
 """
 
+# Python 3.10 has no tomllib, so this goes before the other imports. To older ones `match` itself is an error of syntax,
+# and all they print is the line it is on.
+VERSION_CHECK = """\
+import sys
+
+match sys.version_info >= (3, 11):  # a syntax error here means: Python 3.11 or newer is needed
+    case False:
+        sys.stderr.write("proxy: error: Python 3.11 or newer is needed, and this is " + sys.version.split()[0] + "\\n")
+        sys.exit(2)
+
+"""
+
 
 class Refused(Exception):
     """Something in the package can't be put into one file."""
@@ -44,62 +60,60 @@ class Module:
     def __init__(self, name: str) -> None:
         self.name = name
         self.path = PACKAGE / f"{name}.py"
-        self.text = self.path.read_text(encoding="utf-8")
-        self.lines = self.text.splitlines()
-        self.tree = ast.parse(self.text)
+        text = self.path.read_text(encoding="utf-8")
+        self.lines = text.splitlines()
+        self.tree = ast.parse(text)
         self.siblings: set[str] = set()
         self.imports: set[str] = set()
         self.dropped: set[int] = set()  # line numbers, from 1
-        self.takes_version = False
         for node in self.tree.body:
             self._read_import(node)
-        if name != LAST:
-            for inner in ast.walk(self.tree):
-                if isinstance(inner, ast.Import | ast.ImportFrom) and inner not in self.tree.body:
-                    if not self._is_guarded(inner):
-                        raise self._refuse(inner, "an import that is not at the top level")
-                if isinstance(inner, ast.Name) and inner.id in ("__file__", "__name__"):
-                    raise self._refuse(inner, f"{inner.id} is used outside {LAST}")
+        for inner in ast.walk(self.tree):
+            if isinstance(inner, ast.Import | ast.ImportFrom) and inner not in self.tree.body:
+                self._read_inner_import(inner)
+            if isinstance(inner, ast.Name) and inner.id in OF_THE_MODULE and name != LAST:
+                raise self.refuse(inner, f"{inner.id} is used outside {LAST}")
 
-    def _refuse(self, node: ast.stmt | ast.expr, reason: str) -> Refused:
+    def refuse(self, node: ast.stmt | ast.expr, reason: str) -> Refused:
+        """Returns: an error that names file and line."""
         return Refused(f"{self.path.relative_to(ROOT)}:{node.lineno}: {reason}")
-
-    def _is_guarded(self, node: ast.AST) -> bool:
-        return any(isinstance(outer, ast.Try) and node in ast.walk(outer) for outer in self.tree.body)
 
     def _read_import(self, node: ast.stmt) -> None:
         if isinstance(node, ast.ImportFrom):
             if node.level != 1:
-                raise self._refuse(node, f"'from {node.module} import ...': write 'import {node.module}'")
+                raise self.refuse(node, f"'from {node.module} import ...': write 'import {node.module}'")
             for alias in node.names:
                 if alias.asname is not None or alias.name == "*":
-                    raise self._refuse(node, "an import of a sibling with 'as' or '*'")
-            if node.module is None:
-                if [alias.name for alias in node.names] != ["__version__"]:
-                    raise self._refuse(node, "only __version__ may come from the package itself")
-            else:
+                    raise self.refuse(node, "an import of a sibling with 'as' or '*'")
+            if node.module is not None:
                 self.siblings.add(node.module)
+            elif [alias.name for alias in node.names] != ["__version__"]:
+                raise self.refuse(node, "only __version__ may come from the package itself")
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.asname is not None:
-                    raise self._refuse(node, "an import with 'as'")
+                    raise self.refuse(node, "an import with 'as'")
+                if alias.name.split(".")[0] == PACKAGE.name:
+                    raise self.refuse(node, f"'import {alias.name}': write 'from .module import Name'")
                 self.imports.add(alias.name)
         else:
             return
-        self.dropped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        for other in self.tree.body:
+            if other is not node and other.lineno in lines:
+                raise self.refuse(other, "a statement on the line of an import, which is dropped")
+        self.dropped.update(lines)
+
+    def _read_inner_import(self, node: ast.Import | ast.ImportFrom) -> None:
+        if self.name == LAST:
+            return
+        guarded = any(isinstance(outer, ast.Try) and node in ast.walk(outer) for outer in self.tree.body)
+        if not guarded or (isinstance(node, ast.ImportFrom) and node.level):
+            raise self.refuse(node, "an import that is not at the top level")
 
     def names(self) -> set[str]:
         """Returns: the names that the module binds at its top level."""
-        bound: set[str] = set()
-        for node in self.tree.body:
-            for inner in [node, *(ast.walk(node) if isinstance(node, ast.Try | ast.If) else ())]:
-                if isinstance(inner, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-                    bound.add(inner.name)
-                elif isinstance(inner, ast.Assign):
-                    bound.update(t.id for target in inner.targets for t in ast.walk(target) if isinstance(t, ast.Name))
-                elif isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
-                    bound.add(inner.target.id)
-        return bound
+        return {name for node in self.tree.body for name in _bound_by(node)}
 
     def body(self) -> str:
         """Returns: the text without imports, with markers that lead back to the module."""
@@ -112,10 +126,26 @@ class Module:
             if not marked:
                 if not line.strip():
                     continue
-                out += ["", f"# --- proxy/{self.name}.py, line {number} ---", ""]
+                while out and not out[-1]:
+                    out.pop()
+                out += ["", "", f"# --- {PACKAGE.name}/{self.name}.py, line {number} ---", ""]
                 marked = True
+            if self.name == LAST and re.match(r" +from \.", line):
+                # A comment in its place, as the lines below it are counted from the marker.
+                line = f"{line[: len(line) - len(line.lstrip())]}# What the package imports here is above."
             out.append(line)
         return "\n".join(out).rstrip() + "\n"
+
+
+def _bound_by(node: ast.AST) -> collections.abc.Iterator[str]:
+    """Yields the names that a statement binds, without those inside of functions and classes."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif not isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        for inner in ast.iter_child_nodes(node):
+            yield from _bound_by(inner)
 
 
 def in_order(modules: dict[str, Module]) -> list[Module]:
@@ -134,9 +164,13 @@ def in_order(modules: dict[str, Module]) -> list[Module]:
 def amalgamate() -> str:
     """Returns: the text of proxy.py. Raises: Refused."""
     modules = {path.stem: Module(path.stem) for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+    imports = sorted({name for module in modules.values() for name in module.imports})
+    imported = {name.split(".")[0] for name in imports}
     owners: dict[str, str] = {}
     for module in modules.values():
-        for name in module.names():
+        for name in sorted(module.names()):
+            if name in imported:
+                raise Refused(f"{name} is a top-level name of proxy/{module.name}.py and an imported module")
             if name in owners:
                 raise Refused(f"{name} is a top-level name of both proxy/{owners[name]}.py and proxy/{module.name}.py")
             owners[name] = module.name
@@ -149,41 +183,40 @@ def amalgamate() -> str:
         and ast.unparse(node.targets[0]) == "__version__"
     )
     standard = sys.stdlib_module_names
-    imports = sorted({name for module in modules.values() for name in module.imports})
     first, *rest = in_order(modules)
     if first.name != CHECK_FIRST:
         raise Refused(f"proxy/{CHECK_FIRST}.py imports siblings, and must come first")
-    parts = [HEADER, "\n", f'"""{ast.get_docstring(init)}"""\n\n']
-    parts += [f"import {name}\n" for name in imports if name.split(".")[0] in standard]
-    parts += ["\n", f'__version__ = "{version}"\n', first.body(), "\nrequire_dependencies()\n\n"]
-    parts += [f"import {name}  # noqa: E402\n" for name in imports if name.split(".")[0] not in standard]
-    for module in rest:
-        body = module.body()
-        if module.name == LAST:
-            # The names it imports when the package runs are here already.
-            body = re.sub(r"^ +from \..*\n", "", body, flags=re.MULTILINE)
-        parts.append("\n" + body)
+    parts = [HEADER, "\n", f'"""{ast.get_docstring(init)}"""\n\n', VERSION_CHECK]
+    parts += [f"import {name}\n" for name in imports if name.split(".")[0] in standard and name != "sys"]
+    parts += ["\n", f'__version__ = "{version}"\n', first.body(), "\n\nrequire_dependencies()\n\n"]
+    parts += [f"import {name}\n" for name in imports if name.split(".")[0] not in standard]
+    parts += [module.body() for module in rest]
     return "".join(parts)
 
 
 def locate(number: int) -> str:
     """Returns: ``proxy/module.py:line`` for a line of proxy.py."""
     lines = OUTPUT.read_text(encoding="utf-8").splitlines()
-    for at in range(min(number, len(lines)) - 1, -1, -1):
-        match = re.fullmatch(r"# --- (proxy/\w+\.py), line (\d+) ---", lines[at])
+    for at in range(min(number, len(lines)), 0, -1):
+        match = MARKER.fullmatch(lines[at - 1])
         if match:
-            # The marker is followed by an empty line.
-            return f"{match[1]}:{int(match[2]) + max(0, number - at - 3)}"
+            # An empty line stands between the marker and the text.
+            return f"{match[1]}:{int(match[2]) + max(0, number - at - 2)}"
     return f"proxy.py:{number}"
 
 
 def main(arguments: list[str]) -> int:
     """Returns: the exit status."""
     try:
-        if arguments[:1] == ["--locate"]:
-            print(locate(int(arguments[1])))
-            return 0
-        text = amalgamate()
+        match arguments:
+            case ["--locate", number] if number.isdecimal():
+                print(locate(int(number)))
+                return 0
+            case [] | ["--check"]:
+                text = amalgamate()
+            case _:
+                print(__doc__, file=sys.stderr)
+                return 2
     except Refused as error:
         print(f"amalgamate: {error}", file=sys.stderr)
         return 1
@@ -192,9 +225,6 @@ def main(arguments: list[str]) -> int:
             print("amalgamate: proxy.py is stale; run scripts/amalgamate.py and commit it", file=sys.stderr)
             return 1
         return 0
-    if arguments:
-        print(__doc__, file=sys.stderr)
-        return 2
     OUTPUT.write_text(text, encoding="utf-8")
     OUTPUT.chmod(0o755)
     return 0
