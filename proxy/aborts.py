@@ -98,7 +98,8 @@ def tls_error_type(error: BaseException) -> str | None:
     if isinstance(error, ssl.SSLCertVerificationError):
         return "tls_certificate_error"
     if isinstance(error, ssl.SSLError):
-        return "tls_alert_received" if "ALERT" in str(error.reason or "") else "tls_protocol_error"
+        # An SSLError that Python makes by itself has no reason.
+        return "tls_alert_received" if "ALERT" in str(getattr(error, "reason", "")) else "tls_protocol_error"
     return None
 
 
