@@ -4217,7 +4217,7 @@ class Relay:
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
-        self._head_from = -1  # what response.written was when the final head was queued
+        self._head_from = ENDLESS  # what response.written was when the final head was queued
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
@@ -5709,7 +5709,8 @@ class ClientConnection:
                 record.request_id = prepared.request_id.decode("ascii")
             self._judge(head)
             self._exchange(record, head, prepared)
-            self._close_mode = "keep"
+        # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
+        self._drop_lease()
         relay = record.relay
         if relay is not None:
             self._residue = relay.residue
@@ -5987,11 +5988,12 @@ class ClientConnection:
         upstream = connection.endpoint
         assert upstream is not None
         self.waiter.forget_upstream()
-        self.lease = None
         if relay.upstream_usable and relay.request.finished and not relay.tunnel and not upstream.has_unread:
             pool.release(connection)
+            self.lease = None
             return
         self._say_goodbye(upstream)
+        self.lease = None
         connection.close()
 
     def _say_goodbye(self, endpoint: AnyEndpoint) -> None:

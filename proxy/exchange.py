@@ -300,7 +300,8 @@ class ClientConnection:
                 record.request_id = prepared.request_id.decode("ascii")
             self._judge(head)
             self._exchange(record, head, prepared)
-            self._close_mode = "keep"
+        # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
+        self._drop_lease()
         relay = record.relay
         if relay is not None:
             self._residue = relay.residue
@@ -578,11 +579,12 @@ class ClientConnection:
         upstream = connection.endpoint
         assert upstream is not None
         self.waiter.forget_upstream()
-        self.lease = None
         if relay.upstream_usable and relay.request.finished and not relay.tunnel and not upstream.has_unread:
             pool.release(connection)
+            self.lease = None
             return
         self._say_goodbye(upstream)
+        self.lease = None
         connection.close()
 
     def _say_goodbye(self, endpoint: AnyEndpoint) -> None:

@@ -20,7 +20,7 @@ from .config import Settings
 from .docker import hijacks, is_message_stream
 from .endpoint import READABLE, WRITABLE, AnyEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines
-from .framing import NO_BODY, ConnectionFraming, Framing, Mark, response_framing
+from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, response_framing
 from .grammar import MalformedMessage
 from .head import RequestHead, ResponseHead, SectionMemory, check_partial_head, parse_response_head
 from .kernel import POLLRDHUP, SplicePipe
@@ -207,7 +207,7 @@ class Relay:
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
-        self._head_from = -1  # what response.written was when the final head was queued
+        self._head_from = ENDLESS  # what response.written was when the final head was queued
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None

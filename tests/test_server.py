@@ -194,6 +194,8 @@ def test_without_descriptors_requests_fail_for_a_resource_and_it_recovers(upstre
                     wire.sock.settimeout(1.0)
                     statuses.append(ask(wire))
             assert 200 in statuses
+    # Another proxy: kept connections of the first part would answer in place of those that hold.
+    with ProxyProcess(upstream.url, prefix=("prlimit", "--nofile=48:48")) as proxy:
         with contextlib.ExitStack() as stack:
             held = []
 
