@@ -4,6 +4,7 @@ import ast
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -58,6 +59,35 @@ def test_the_codec_knows_no_sockets() -> None:
 
 def test_urllib3_appears_in_one_module() -> None:
     assert [name for name in MODULES if any(i.split(".")[0] == "urllib3" for i in imports(name))] == ["upstream"]
+
+
+def test_what_is_dockers_alone_appears_in_one_module() -> None:
+    words = ("errorDetail", "vnd.docker", "images/", "/build", "containers", "/exec")
+    found = set()
+    # The demo plays a docker client and a daemon; the other modules relay, and know neither.
+    for name in set(MODULES) - {"demo"}:
+        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))):
+            # Docstrings may speak of it, as an example.
+            if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                text = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+                if "\n" not in text and any(word in text for word in words):
+                    found.add(name)
+    assert found == {"docker"}
+
+
+def test_python_without_an_ending_is_checked_too() -> None:
+    """The tools find scripts by their ending; those without one are named to each of them."""
+    scripts = {
+        f"scripts/{path.name}"
+        for path in (ROOT / "scripts").iterdir()
+        if path.is_file() and not path.suffix and path.read_bytes().startswith(b"#!/usr/bin/env python3")
+    }
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert set(tomllib.load(file)["tool"]["ruff"]["extend-include"]) == scripts
+    types_checked = next(
+        line for line in (ROOT / "scripts" / "test").read_text(encoding="utf-8").splitlines() if "/mypy" in line
+    )
+    assert scripts <= set(types_checked.split())
 
 
 def test_the_single_file_is_up_to_date() -> None:
