@@ -3314,6 +3314,8 @@ class TlsEndpoint(Endpoint):
     def close(self) -> None:
         """Close the socket; close_notify is the caller's decision, as without it a cut message can't look whole."""
         self.sock.close()
+        # Its own methods make a circle of the endpoint; without it, the TLS state goes at once.
+        self.read, self.read_into, self.write = self.sock.recv, self.sock.recv_into, self.sock.send
 
 
 AnyEndpoint = Endpoint | TlsEndpoint
@@ -3870,6 +3872,11 @@ class Waiter:
             self._upstream_events = 0
         self.upstream = None
 
+    def forget_phases(self) -> None:
+        """Let go of the relay whose phases were asked for."""
+        self.phase_of = _no_phase
+        self.watches.clear()
+
     def idle(self, until: float | None) -> bool:
         """Wait for the first byte of a request.
 
@@ -4283,6 +4290,17 @@ class Relay:
             self.residue = body
         if self.prepared.expects_continue and request.framing is not NO_BODY and request.read == 0:
             self.awaiting_continue = True
+
+    def count_unsent(self, body: bytes) -> None:
+        """Count what had come of the request body with its head, where upstream was never reached."""
+        request = self.request
+        if request.framing is NO_BODY:
+            return
+        try:
+            request.read += request.framing.feed(body, 0, len(body))
+        except MalformedMessage:
+            request.read += len(body)
+        request.content_before -= request.framing.content  # counted, and will not be relayed
 
     @property
     def head_out(self) -> bool:
@@ -5123,6 +5141,14 @@ class Record:
             )
         return error is None or isinstance(error, Exception)
 
+    def forget(self) -> None:
+        """Let go of the frames in the traceback, which hold this record in turn. Call it after the event."""
+        if self.abort is not None:
+            self.abort.__traceback__ = None
+            if self.abort.original is not None:
+                self.abort.original.__traceback__ = None
+                self.abort.original.__context__ = None
+
     def _bug(self, error: BaseException) -> Abort:
         cause = Cause.RESOURCE if isinstance(error, MemoryError) else Cause.INTERNAL
         phase = self.relay.phase_of(Side.PROXY, Operation.READ) if self.relay is not None else Phase.REQUEST_HEAD
@@ -5591,6 +5617,9 @@ class ClientConnection:
             self._end()
         finally:
             self.client.close()
+            # Breaks the circle connection, waiter, relay: without it, buffers and TLS state wait for the collector,
+            # which counts neither and comes late.
+            self.waiter.forget_phases()
 
     def kill(self, cause_flag: bool = True) -> None:
         """End the request in flight from another thread: its next wait raises."""
@@ -5715,6 +5744,7 @@ class ClientConnection:
         if relay is not None:
             self._residue = relay.residue
             relay.release()
+        record.forget()
         self.record = None
         self.waiter.watches.clear()
         return self._close_mode == "keep"
@@ -5903,7 +5933,11 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
-                self._connect(connection, head)
+                try:
+                    self._connect(connection, head)
+                except Abort:
+                    relay.count_unsent(body)
+                    raise
                 waiter.watches[:] = base_watches
             upstream = connection.endpoint
             assert upstream is not None
@@ -6082,7 +6116,9 @@ class ClientConnection:
             if hung_up:
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 info = tcp_info(sock)
-                if number or (info is not None and info.state == "CLOSED" and unacknowledged_bytes(sock)):
+                if not unacknowledged_bytes(sock):
+                    return  # it has taken all, and was reset only then
+                if number or (info is not None and info.state == "CLOSED"):
                     error = OSError(number, os.strerror(number)) if number else None
                     cause = classify(error) if error is not None else Cause.RESET
                     raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)

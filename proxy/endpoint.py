@@ -282,6 +282,8 @@ class TlsEndpoint(Endpoint):
     def close(self) -> None:
         """Close the socket; close_notify is the caller's decision, as without it a cut message can't look whole."""
         self.sock.close()
+        # Its own methods make a circle of the endpoint; without it, the TLS state goes at once.
+        self.read, self.read_into, self.write = self.sock.recv, self.sock.recv_into, self.sock.send
 
 
 AnyEndpoint = Endpoint | TlsEndpoint

@@ -182,6 +182,9 @@ class ClientConnection:
             self._end()
         finally:
             self.client.close()
+            # Breaks the circle connection, waiter, relay: without it, buffers and TLS state wait for the collector,
+            # which counts neither and comes late.
+            self.waiter.forget_phases()
 
     def kill(self, cause_flag: bool = True) -> None:
         """End the request in flight from another thread: its next wait raises."""
@@ -306,6 +309,7 @@ class ClientConnection:
         if relay is not None:
             self._residue = relay.residue
             relay.release()
+        record.forget()
         self.record = None
         self.waiter.watches.clear()
         return self._close_mode == "keep"
@@ -494,7 +498,11 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
-                self._connect(connection, head)
+                try:
+                    self._connect(connection, head)
+                except Abort:
+                    relay.count_unsent(body)
+                    raise
                 waiter.watches[:] = base_watches
             upstream = connection.endpoint
             assert upstream is not None
@@ -673,7 +681,9 @@ class ClientConnection:
             if hung_up:
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 info = tcp_info(sock)
-                if number or (info is not None and info.state == "CLOSED" and unacknowledged_bytes(sock)):
+                if not unacknowledged_bytes(sock):
+                    return  # it has taken all, and was reset only then
+                if number or (info is not None and info.state == "CLOSED"):
                     error = OSError(number, os.strerror(number)) if number else None
                     cause = classify(error) if error is not None else Cause.RESET
                     raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)

@@ -274,6 +274,17 @@ class Relay:
         if self.prepared.expects_continue and request.framing is not NO_BODY and request.read == 0:
             self.awaiting_continue = True
 
+    def count_unsent(self, body: bytes) -> None:
+        """Count what had come of the request body with its head, where upstream was never reached."""
+        request = self.request
+        if request.framing is NO_BODY:
+            return
+        try:
+            request.read += request.framing.feed(body, 0, len(body))
+        except MalformedMessage:
+            request.read += len(body)
+        request.content_before -= request.framing.content  # counted, and will not be relayed
+
     @property
     def head_out(self) -> bool:
         """Whether a part of the final response head may have reached the client."""

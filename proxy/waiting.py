@@ -103,6 +103,11 @@ class Waiter:
             self._upstream_events = 0
         self.upstream = None
 
+    def forget_phases(self) -> None:
+        """Let go of the relay whose phases were asked for."""
+        self.phase_of = _no_phase
+        self.watches.clear()
+
     def idle(self, until: float | None) -> bool:
         """Wait for the first byte of a request.
 

@@ -11,7 +11,7 @@ import pytest
 
 import harness
 from harness import LogRecord, ProxyProcess, wait_until
-from peers import PeerGone, Upstream, Wire, chunk, connect, ok
+from peers import PeerGone, Upstream, Wire, chunk, closed_port, connect, ok
 from proxy.record import Tally, mask_secrets, printable
 
 _FAULTS = pathlib.Path(__file__).resolve().parent / "faults"
@@ -440,3 +440,17 @@ def test_counts_of_many_threads_add_up() -> None:
     for thread in threads:
         thread.join()
     assert tally.counts() == {name: 16_000 if name == "begun" else 0 for name in Tally.NAMES}
+
+
+def test_a_body_that_came_before_upstream_was_reached_is_counted() -> None:
+    """What was read from the client crossed its socket, though it never left for upstream."""
+    request = b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhello"
+    with closed_port() as port, ProxyProcess(f"http://127.0.0.1:{port}") as proxy:
+        with connect(proxy.address) as wire:
+            wire.send(request + b"GET /next HTTP/1.1\r\nHost: t\r\n\r\n")  # not of this request
+            assert wire.read_response().status == 502
+        record = proxy.next_request()
+        harness.check_record(record)
+        assert record["cause"] == "refused"
+        assert record["bytes"]["client_read"] == len(request)
+        assert record["bytes"]["request_body"] == 0

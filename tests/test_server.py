@@ -10,6 +10,7 @@ import time
 import pytest
 
 import harness
+from conftest import Certificates
 from harness import ProxyProcess, wait_until
 from peers import Upstream, Wire, answer_all, connect, ok
 
@@ -224,3 +225,20 @@ def test_without_descriptors_requests_fail_for_a_resource_and_it_recovers(upstre
         with contextlib.ExitStack() as stack:  # and more than one at a time
             wires = [stack.enter_context(connect(proxy.address)) for _ in range(8)]
             assert [ask(wire) for wire in wires] == [200] * 8
+
+
+def test_tls_connections_leave_no_memory_behind(upstream: Upstream, certificates: Certificates) -> None:
+    """What a connection held goes with it, and does not wait for the collector, which does not count OpenSSL's part."""
+    context = certificates.client_context()
+    options = ("--tls-cert", certificates.server, "--tls-key", certificates.server)
+    with ProxyProcess(upstream.url, *options) as proxy:
+
+        def load(count: int) -> None:
+            for _ in range(count):
+                with connect(proxy.address, context) as wire:
+                    assert ask(wire) == 200
+
+        load(200)
+        before = proxy.rss_bytes()
+        load(600)
+        assert proxy.rss_bytes() - before < 12 * 1024 * 1024
