@@ -125,7 +125,7 @@ def _os_release(name: str) -> str:
 
 
 class Machine:
-    """One machine with the checkout in /root/checkout. Use it with ``with``. ``booted=False``: no systemd, a shell only."""
+    """One machine with the checkout in /root/checkout. Use it with ``with``. Not ``booted``: systemd does not run."""
 
     def __init__(self, *, booted: bool = True) -> None:
         self.booted = booted
@@ -136,7 +136,9 @@ class Machine:
     def __enter__(self) -> typing.Self:
         (self.directory / "cgroup").mkdir()
         (self.directory / "work").mkdir()
-        first = ["/lib/systemd/systemd", "--system", "--unit=multi-user.target"] if self.booted else ["sleep", "infinity"]
+        first = (
+            ["/lib/systemd/systemd", "--system", "--unit=multi-user.target"] if self.booted else ["sleep", "infinity"]
+        )
         boot = ["bash", "-c", _BOOT, "boot", str(base_root()), str(self.directory / "work"), *first]
         try:
             with (self.directory / "log").open("wb") as log:

@@ -134,7 +134,7 @@ _OTHER_RUN = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && cd 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount of its own")
 def test_no_arguments_and_no_docker_socket(checkout: Checkout) -> None:
     done = checkout.run(prefix=(*_OTHER_RUN, str(checkout.elsewhere)))
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert "no docker socket here" in done.stderr
     assert "./scripts/run demo" in done.stderr
     assert "--upstream http" in done.stderr
