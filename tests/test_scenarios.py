@@ -1052,6 +1052,8 @@ def test_a_stale_connection_is_replaced_and_the_record_says_so(stage: Stage) -> 
     harness.check_record(record)
     assert len(record["attempts"]) == 1
     assert record["bytes"]["upstream_written"] == upstream.wires[-1].received.count
+    # The response may be on record before the thread that sent it has counted it.
+    harness.wait_until(lambda: upstream.wires[-1].sent.count > 0, 5, "the count of what upstream sent")
     assert record["bytes"]["upstream_read"] == upstream.wires[-1].sent.count
     upstream.forget()
 
