@@ -298,15 +298,18 @@ class HeaderSection:
 
 
 class SectionMemory:
-    """Keeps the last header section of one connection and direction, since peers repeat theirs.
+    """Keeps the last head of one connection and direction, and its header section, since peers repeat theirs.
 
     ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself,
     too. A section with credentials in it is remembered by its own connection alone, and goes with it.
     """
 
-    __slots__ = ("octets", "section", "shared")
+    __slots__ = ("head_octets", "octets", "request", "response", "section", "shared")
 
     def __init__(self, shared: "SectionMemory | None" = None) -> None:
+        self.head_octets: bytes | None = None
+        self.request: RequestHead | None = None
+        self.response: ResponseHead | None = None
         self.octets: bytes | None = None
         self.section: HeaderSection | None = None
         self.shared = shared
@@ -328,7 +331,9 @@ class SectionMemory:
 
 @dataclasses.dataclass(slots=True)
 class RequestHead:
-    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1."""
+    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1. Never changed, as
+    requests share it.
+    """
 
     method: bytes
     target: bytes
@@ -353,6 +358,8 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
 
     Raises: MalformedMessage with the status to answer: 400, 405 never (that is policy), 431, 501, 505.
     """
+    if octets == memory.head_octets and memory.request is not None:
+        return memory.request
     line_end = octets.find(b"\r\n")
     line = octets[:line_end]
     match = REQUEST_LINE.fullmatch(line)
@@ -381,7 +388,9 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
         raise MalformedMessage("a Host field that is no host", line_end + 2, hosts[0])
     if target[0] != 0x2F or b"#" in target:
         _check_target(method, target, None if hosts is None else hosts[0])
-    return RequestHead(method, target, minor, section, len(octets))
+    memory.head_octets = octets
+    memory.request = head = RequestHead(method, target, minor, section, len(octets))
+    return head
 
 
 def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
@@ -389,6 +398,8 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
 
     Raises: MalformedMessage; its ``status`` means nothing here.
     """
+    if octets == memory.head_octets and memory.response is not None:
+        return memory.response
     line_end = octets.find(b"\r\n")
     match = STATUS_LINE.fullmatch(octets, 0, line_end)
     if match is None:
@@ -404,7 +415,9 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     minor = 0 if minor_digit == b"0" else 1
     if section.chunked and not minor:
         raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 response", line_end + 2)
-    return ResponseHead(int(status), reason or b"", minor, section, len(octets))
+    memory.head_octets = octets
+    memory.response = head = ResponseHead(int(status), reason or b"", minor, section, len(octets))
+    return head
 
 
 def check_partial_head(octets: bytes, start: int = 0) -> None:
@@ -3045,10 +3058,17 @@ phase.
 """
 
 
-# --- proxy/endpoint.py, line 18 ---
+# --- proxy/endpoint.py, line 19 ---
 
 READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
+# For reads and writes that must not wait.
+NO_WAIT = socket.MSG_DONTWAIT
+
+# How long a read may wait inside the kernel for a peer that answers at once. It must be less than anybody minds: during
+# it only that one socket is watched.
+PATIENCE_S = 0.02
+_PATIENCE = struct.pack("ll", 0, int(PATIENCE_S * 1_000_000))  # struct timeval
 
 # Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take
 # it, and ciphertext read at once.
@@ -3060,6 +3080,9 @@ _CIPHERTEXT_READ = 256 * 1024
 class Endpoint:
     """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost
     no frame.
+
+    The socket itself is a blocking one, and each call says ``NO_WAIT``: so one that may wait for a moment can do
+    without (``Waiter.read_soon``).
     """
 
     __slots__ = (
@@ -3067,6 +3090,7 @@ class Endpoint:
         "fd",
         "has_unread",
         "name",
+        "patient",
         "pulse",
         "read",
         "read_event",
@@ -3080,20 +3104,33 @@ class Endpoint:
 
     def __init__(self, sock: socket.socket, side: Side, name: str, pulse: PeerPulse | None) -> None:
         """``pulse`` watches over the peer; None for a unix socket, whose peer can't vanish."""
-        sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
         self.side = side
         self.name = name
-        self.read: collections.abc.Callable[[int], bytes] = sock.recv
-        self.read_into: collections.abc.Callable[[memoryview], int] = sock.recv_into
-        self.write: collections.abc.Callable[[bytes | bytearray | memoryview], int] = sock.send
+        self.read: collections.abc.Callable[[int, int], bytes] = sock.recv
+        self.read_into: collections.abc.Callable[[memoryview, int, int], int] = sock.recv_into
+        self.write: collections.abc.Callable[[bytes | bytearray | memoryview, int], int] = sock.send
         self.read_event = READABLE
         self.write_event = WRITABLE
         self.has_unread = False  # octets that poll does not see
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
+        self.patient = False  # whether a read without NO_WAIT waits for PATIENCE_S at most
         self.pulse = pulse
+
+    def become_patient(self) -> None:
+        """Let reads without ``NO_WAIT`` wait for ``PATIENCE_S``."""
+        if not self.sock.getblocking():
+            return
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
+        self.patient = True
+
+    def prepare_splice(self) -> None:
+        """Splicing takes no NO_WAIT: the socket itself must not wait."""
+        if self.sock.getblocking():
+            self.sock.setblocking(False)
+            self.patient = False
 
     def end_write(self) -> None:
         """Tell the peer that nothing more comes. Raises: OSError."""
@@ -3137,6 +3174,7 @@ class TlsEndpoint(Endpoint):
         server_hostname: str | None,
     ) -> None:
         super().__init__(sock, side, name, pulse)
+        sock.setblocking(False)
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self.tls = context.wrap_bio(
@@ -3196,12 +3234,12 @@ class TlsEndpoint(Endpoint):
         else:
             self._incoming.write_eof()
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, size: int, flags: int = 0) -> bytes:
         """Read up to ``size`` octets of plaintext. As ``_read_into``."""
         buffer = bytearray(size)
         return bytes(memoryview(buffer)[: self._read_into(memoryview(buffer))])
 
-    def _read_into(self, buffer: memoryview) -> int:
+    def _read_into(self, buffer: memoryview, size: int = 0, flags: int = 0) -> int:
         """Read plaintext into ``buffer``, as many records as it takes and there are.
 
         Returns: the number of octets; 0 at close_notify.
@@ -3240,7 +3278,7 @@ class TlsEndpoint(Endpoint):
         self.has_unread = have > 0
         return have
 
-    def _write(self, octets: bytes | bytearray | memoryview) -> int:
+    def _write(self, octets: bytes | bytearray | memoryview, flags: int = 0) -> int:
         """Write plaintext. As with OpenSSL itself, a call that took less than all must be repeated with the octets
         not taken.
 
@@ -3583,7 +3621,9 @@ class _LeasedConnection:
             endpoint.pulse = pulse
             self._shake_hands(self.sock, wait)
         else:
+            self.sock.setblocking(True)
             endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, pulse)
+            endpoint.become_patient()
         self.endpoint = endpoint
         self.memory = SectionMemory()
         self._probe = select.poll()
@@ -3899,6 +3939,21 @@ class Waiter:
             if not ready or self.control.draining or self.killed:
                 return False
 
+    def read_soon(self, endpoint: AnyEndpoint, size: int) -> bytes:
+        """Read from the one socket that is to say something next, and wait for it in the read itself for a moment.
+
+        That takes one system call where waiting and reading take two, which is what a peer that answers at once is
+        worth; meanwhile nothing else is watched, and no limit may run out.
+        Raises: BlockingIOError if nothing came in ``PATIENCE_S``: wait, then; OSError; Abort.
+        """
+        if not endpoint.patient or self.drain_seen or self.killed:
+            return endpoint.read(size, NO_WAIT)
+        if self.watches:
+            now = time.monotonic()
+            if self._check_watches(now) < now + PATIENCE_S:
+                return endpoint.read(size, NO_WAIT)
+        return endpoint.read(size, 0)
+
     def wait(
         self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None
     ) -> tuple[int, int, float]:
@@ -4155,7 +4210,7 @@ class Flow:
         start, end, octets = self.start, self.end, self.octets
         if start < end:
             whole = start == 0 and end == len(octets)
-            count = sink.write(octets if whole else memoryview(octets)[start:end])
+            count = sink.write(octets if whole else memoryview(octets)[start:end], NO_WAIT)
             self.start = start = start + count
             self.written += count
             self.last_written_at = now
@@ -4336,6 +4391,9 @@ class Relay:
         allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
         self._flush_request(now)
+        if request.finished and upstream.patient:
+            # Most answers come at once, whole, and fit into one read.
+            self._read_upstream(now, soon=True)
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
             client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
@@ -4493,7 +4551,7 @@ class Relay:
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
         if not client.can_splice and client.read is not client.sock.recv:
             try:
-                octets = client.read(_FIRST_READ)
+                octets = client.read(_FIRST_READ, NO_WAIT)
             except BlockingIOError:
                 if not ready & HUNG_UP:
                     return
@@ -4522,9 +4580,9 @@ class Relay:
         try:
             if request.bulk:
                 octets, view = request.bulk_buffer()
-                count = client.read_into(view)
+                count = client.read_into(view, 0, NO_WAIT)
             else:
-                octets = client.read(_FIRST_READ)
+                octets = client.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
             return
@@ -4595,7 +4653,7 @@ class Relay:
 
     # -- upstream to client ------------------------------------------------------------------------
 
-    def _read_upstream(self, now: float) -> None:
+    def _read_upstream(self, now: float, *, soon: bool = False) -> None:
         response, upstream = self.response, self.upstream
         assert upstream is not None
         if self.response_head is not None and self._can_splice(response):
@@ -4605,9 +4663,13 @@ class Relay:
         try:
             if response.bulk:
                 octets, view = response.bulk_buffer()
-                count = upstream.read_into(view)
+                count = upstream.read_into(view, 0, NO_WAIT)
+            elif soon:
+                octets = self.waiter.read_soon(upstream, _FIRST_READ)
+                count = len(octets)
+                now = time.monotonic()
             else:
-                octets = upstream.read(_FIRST_READ)
+                octets = upstream.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
             return
@@ -4870,6 +4932,8 @@ class Relay:
             return False  # a chunk that passes the bound: copied, so that it is noticed where it does
         if flow.pipe is None:
             flow.pipe = self.pipes.take()
+            source.prepare_splice()
+            sink.prepare_splice()
         return flow.pipe is not None
 
     def _splice(self, flow: Flow, now: float) -> None:
@@ -5640,7 +5704,7 @@ class ClientConnection:
             return False
         began_at = time.monotonic()
         try:
-            first = client.sock.recv(8, socket.MSG_PEEK)
+            first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
             if not first:
                 self._closed("no request")
                 return False
@@ -5757,6 +5821,10 @@ class ClientConnection:
         if self.overflow:
             until = time.monotonic() + _OVERFLOW_HEAD_S
         skipped = False
+        client = self.client
+        soon = self.served > 0 and (keepalive is None or keepalive.seconds > PATIENCE_S)
+        if soon and not client.patient:
+            client.become_patient()
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).
             if not skipped and octets[:2] == b"\r\n":
@@ -5764,13 +5832,14 @@ class ClientConnection:
                 skipped = True
             if octets and (skipped or octets != b"\r"):
                 return octets
-            if not self.client.has_unread and not self.waiter.idle(until):
+            if not soon and not client.has_unread and not self.waiter.idle(until):
                 self._closed("shutdown" if self.worker.control.draining else "idle")
                 self._close_mode = "settle"
                 return b""
             try:
-                more = self.client.read(_HEAD_READ)
+                more = self.waiter.read_soon(client, _HEAD_READ) if soon else client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
+                soon = False
                 continue
             except OSError as error:
                 # Between two requests a reset is as good an end as any.
@@ -5847,7 +5916,7 @@ class ClientConnection:
             if not client.has_unread:
                 self.waiter.wait(client.read_event, -1, 0)
             try:
-                more = client.read(_HEAD_READ)
+                more = client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -6169,7 +6238,7 @@ class ClientConnection:
         done = 0
         while done < len(octets):
             try:
-                done += client.write(memoryview(octets)[done:])
+                done += client.write(memoryview(octets)[done:], NO_WAIT)
             except BlockingIOError:
                 left_s = until - time.monotonic()
                 if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
@@ -6225,7 +6294,7 @@ class ClientConnection:
             if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
                 return
             try:
-                octets = sock.recv(_HEAD_READ)
+                octets = sock.recv(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
                 continue
             except OSError:

@@ -10,6 +10,7 @@ import errno
 import select
 import socket
 import ssl
+import struct
 import typing
 
 from .kernel import HAVE_SPLICE, PeerPulse
@@ -17,6 +18,13 @@ from .vocabulary import Side
 
 READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
+# For reads and writes that must not wait.
+NO_WAIT = socket.MSG_DONTWAIT
+
+# How long a read may wait inside the kernel for a peer that answers at once. It must be less than anybody minds: during
+# it only that one socket is watched.
+PATIENCE_S = 0.02
+_PATIENCE = struct.pack("ll", 0, int(PATIENCE_S * 1_000_000))  # struct timeval
 
 # Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take
 # it, and ciphertext read at once.
@@ -28,6 +36,9 @@ _CIPHERTEXT_READ = 256 * 1024
 class Endpoint:
     """A plain connected socket. ``read``, ``read_into`` and ``write`` are the socket's own methods, so that they cost
     no frame.
+
+    The socket itself is a blocking one, and each call says ``NO_WAIT``: so one that may wait for a moment can do
+    without (``Waiter.read_soon``).
     """
 
     __slots__ = (
@@ -35,6 +46,7 @@ class Endpoint:
         "fd",
         "has_unread",
         "name",
+        "patient",
         "pulse",
         "read",
         "read_event",
@@ -48,20 +60,33 @@ class Endpoint:
 
     def __init__(self, sock: socket.socket, side: Side, name: str, pulse: PeerPulse | None) -> None:
         """``pulse`` watches over the peer; None for a unix socket, whose peer can't vanish."""
-        sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
         self.side = side
         self.name = name
-        self.read: collections.abc.Callable[[int], bytes] = sock.recv
-        self.read_into: collections.abc.Callable[[memoryview], int] = sock.recv_into
-        self.write: collections.abc.Callable[[bytes | bytearray | memoryview], int] = sock.send
+        self.read: collections.abc.Callable[[int, int], bytes] = sock.recv
+        self.read_into: collections.abc.Callable[[memoryview, int, int], int] = sock.recv_into
+        self.write: collections.abc.Callable[[bytes | bytearray | memoryview, int], int] = sock.send
         self.read_event = READABLE
         self.write_event = WRITABLE
         self.has_unread = False  # octets that poll does not see
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
+        self.patient = False  # whether a read without NO_WAIT waits for PATIENCE_S at most
         self.pulse = pulse
+
+    def become_patient(self) -> None:
+        """Let reads without ``NO_WAIT`` wait for ``PATIENCE_S``."""
+        if not self.sock.getblocking():
+            return
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
+        self.patient = True
+
+    def prepare_splice(self) -> None:
+        """Splicing takes no NO_WAIT: the socket itself must not wait."""
+        if self.sock.getblocking():
+            self.sock.setblocking(False)
+            self.patient = False
 
     def end_write(self) -> None:
         """Tell the peer that nothing more comes. Raises: OSError."""
@@ -105,6 +130,7 @@ class TlsEndpoint(Endpoint):
         server_hostname: str | None,
     ) -> None:
         super().__init__(sock, side, name, pulse)
+        sock.setblocking(False)
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self.tls = context.wrap_bio(
@@ -164,12 +190,12 @@ class TlsEndpoint(Endpoint):
         else:
             self._incoming.write_eof()
 
-    def _read(self, size: int) -> bytes:
+    def _read(self, size: int, flags: int = 0) -> bytes:
         """Read up to ``size`` octets of plaintext. As ``_read_into``."""
         buffer = bytearray(size)
         return bytes(memoryview(buffer)[: self._read_into(memoryview(buffer))])
 
-    def _read_into(self, buffer: memoryview) -> int:
+    def _read_into(self, buffer: memoryview, size: int = 0, flags: int = 0) -> int:
         """Read plaintext into ``buffer``, as many records as it takes and there are.
 
         Returns: the number of octets; 0 at close_notify.
@@ -208,7 +234,7 @@ class TlsEndpoint(Endpoint):
         self.has_unread = have > 0
         return have
 
-    def _write(self, octets: bytes | bytearray | memoryview) -> int:
+    def _write(self, octets: bytes | bytearray | memoryview, flags: int = 0) -> int:
         """Write plaintext. As with OpenSSL itself, a call that took less than all must be repeated with the octets
         not taken.
 

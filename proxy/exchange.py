@@ -18,7 +18,7 @@ import time
 from .aborts import Abort, classify, malformed_request, socket_abort
 from .config import Settings, UnixAddress
 from .docker import error_line
-from .endpoint import READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
+from .endpoint import NO_WAIT, PATIENCE_S, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .fields import ForwardingContext, PreparedRequest, prepare_request, serialize_request
 from .framing import request_framing
 from .grammar import REQUEST_LINE, MalformedMessage
@@ -205,7 +205,7 @@ class ClientConnection:
             return False
         began_at = time.monotonic()
         try:
-            first = client.sock.recv(8, socket.MSG_PEEK)
+            first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
             if not first:
                 self._closed("no request")
                 return False
@@ -322,6 +322,10 @@ class ClientConnection:
         if self.overflow:
             until = time.monotonic() + _OVERFLOW_HEAD_S
         skipped = False
+        client = self.client
+        soon = self.served > 0 and (keepalive is None or keepalive.seconds > PATIENCE_S)
+        if soon and not client.patient:
+            client.become_patient()
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).
             if not skipped and octets[:2] == b"\r\n":
@@ -329,13 +333,14 @@ class ClientConnection:
                 skipped = True
             if octets and (skipped or octets != b"\r"):
                 return octets
-            if not self.client.has_unread and not self.waiter.idle(until):
+            if not soon and not client.has_unread and not self.waiter.idle(until):
                 self._closed("shutdown" if self.worker.control.draining else "idle")
                 self._close_mode = "settle"
                 return b""
             try:
-                more = self.client.read(_HEAD_READ)
+                more = self.waiter.read_soon(client, _HEAD_READ) if soon else client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
+                soon = False
                 continue
             except OSError as error:
                 # Between two requests a reset is as good an end as any.
@@ -412,7 +417,7 @@ class ClientConnection:
             if not client.has_unread:
                 self.waiter.wait(client.read_event, -1, 0)
             try:
-                more = client.read(_HEAD_READ)
+                more = client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
                 continue
             except OSError as error:
@@ -734,7 +739,7 @@ class ClientConnection:
         done = 0
         while done < len(octets):
             try:
-                done += client.write(memoryview(octets)[done:])
+                done += client.write(memoryview(octets)[done:], NO_WAIT)
             except BlockingIOError:
                 left_s = until - time.monotonic()
                 if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
@@ -790,7 +795,7 @@ class ClientConnection:
             if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
                 return
             try:
-                octets = sock.recv(_HEAD_READ)
+                octets = sock.recv(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
                 continue
             except OSError:

@@ -104,15 +104,18 @@ class HeaderSection:
 
 
 class SectionMemory:
-    """Keeps the last header section of one connection and direction, since peers repeat theirs.
+    """Keeps the last head of one connection and direction, and its header section, since peers repeat theirs.
 
     ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself,
     too. A section with credentials in it is remembered by its own connection alone, and goes with it.
     """
 
-    __slots__ = ("octets", "section", "shared")
+    __slots__ = ("head_octets", "octets", "request", "response", "section", "shared")
 
     def __init__(self, shared: "SectionMemory | None" = None) -> None:
+        self.head_octets: bytes | None = None
+        self.request: RequestHead | None = None
+        self.response: ResponseHead | None = None
         self.octets: bytes | None = None
         self.section: HeaderSection | None = None
         self.shared = shared
@@ -134,7 +137,9 @@ class SectionMemory:
 
 @dataclasses.dataclass(slots=True)
 class RequestHead:
-    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1."""
+    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1. Never changed, as
+    requests share it.
+    """
 
     method: bytes
     target: bytes
@@ -159,6 +164,8 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
 
     Raises: MalformedMessage with the status to answer: 400, 405 never (that is policy), 431, 501, 505.
     """
+    if octets == memory.head_octets and memory.request is not None:
+        return memory.request
     line_end = octets.find(b"\r\n")
     line = octets[:line_end]
     match = REQUEST_LINE.fullmatch(line)
@@ -187,7 +194,9 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
         raise MalformedMessage("a Host field that is no host", line_end + 2, hosts[0])
     if target[0] != 0x2F or b"#" in target:
         _check_target(method, target, None if hosts is None else hosts[0])
-    return RequestHead(method, target, minor, section, len(octets))
+    memory.head_octets = octets
+    memory.request = head = RequestHead(method, target, minor, section, len(octets))
+    return head
 
 
 def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
@@ -195,6 +204,8 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
 
     Raises: MalformedMessage; its ``status`` means nothing here.
     """
+    if octets == memory.head_octets and memory.response is not None:
+        return memory.response
     line_end = octets.find(b"\r\n")
     match = STATUS_LINE.fullmatch(octets, 0, line_end)
     if match is None:
@@ -210,7 +221,9 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     minor = 0 if minor_digit == b"0" else 1
     if section.chunked and not minor:
         raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 response", line_end + 2)
-    return ResponseHead(int(status), reason or b"", minor, section, len(octets))
+    memory.head_octets = octets
+    memory.response = head = ResponseHead(int(status), reason or b"", minor, section, len(octets))
+    return head
 
 
 def check_partial_head(octets: bytes, start: int = 0) -> None:

@@ -18,7 +18,7 @@ import time
 from .aborts import Abort, malformed_request, malformed_response, socket_abort
 from .config import Settings
 from .docker import hijacks, is_message_stream
-from .endpoint import READABLE, WRITABLE, AnyEndpoint
+from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines
 from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, response_framing
 from .grammar import MalformedMessage
@@ -138,7 +138,7 @@ class Flow:
         start, end, octets = self.start, self.end, self.octets
         if start < end:
             whole = start == 0 and end == len(octets)
-            count = sink.write(octets if whole else memoryview(octets)[start:end])
+            count = sink.write(octets if whole else memoryview(octets)[start:end], NO_WAIT)
             self.start = start = start + count
             self.written += count
             self.last_written_at = now
@@ -319,6 +319,9 @@ class Relay:
         allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
         self._flush_request(now)
+        if request.finished and upstream.patient:
+            # Most answers come at once, whole, and fit into one read.
+            self._read_upstream(now, soon=True)
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
             client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
@@ -476,7 +479,7 @@ class Relay:
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
         if not client.can_splice and client.read is not client.sock.recv:
             try:
-                octets = client.read(_FIRST_READ)
+                octets = client.read(_FIRST_READ, NO_WAIT)
             except BlockingIOError:
                 if not ready & HUNG_UP:
                     return
@@ -505,9 +508,9 @@ class Relay:
         try:
             if request.bulk:
                 octets, view = request.bulk_buffer()
-                count = client.read_into(view)
+                count = client.read_into(view, 0, NO_WAIT)
             else:
-                octets = client.read(_FIRST_READ)
+                octets = client.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
             return
@@ -578,7 +581,7 @@ class Relay:
 
     # -- upstream to client ------------------------------------------------------------------------
 
-    def _read_upstream(self, now: float) -> None:
+    def _read_upstream(self, now: float, *, soon: bool = False) -> None:
         response, upstream = self.response, self.upstream
         assert upstream is not None
         if self.response_head is not None and self._can_splice(response):
@@ -588,9 +591,13 @@ class Relay:
         try:
             if response.bulk:
                 octets, view = response.bulk_buffer()
-                count = upstream.read_into(view)
+                count = upstream.read_into(view, 0, NO_WAIT)
+            elif soon:
+                octets = self.waiter.read_soon(upstream, _FIRST_READ)
+                count = len(octets)
+                now = time.monotonic()
             else:
-                octets = upstream.read(_FIRST_READ)
+                octets = upstream.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
             return
@@ -853,6 +860,8 @@ class Relay:
             return False  # a chunk that passes the bound: copied, so that it is noticed where it does
         if flow.pipe is None:
             flow.pipe = self.pipes.take()
+            source.prepare_splice()
+            sink.prepare_splice()
         return flow.pipe is not None
 
     def _splice(self, flow: Flow, now: float) -> None:

@@ -102,7 +102,9 @@ class _LeasedConnection:
             endpoint.pulse = pulse
             self._shake_hands(self.sock, wait)
         else:
+            self.sock.setblocking(True)
             endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, pulse)
+            endpoint.become_patient()
         self.endpoint = endpoint
         self.memory = SectionMemory()
         self._probe = select.poll()
