@@ -3892,24 +3892,26 @@ class Waiter:
         self.drain_seen = False
         self.watches: list[TimedWatch] = []
         self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _no_phase
-        self._poller = select.poll()
-        self._poll = self._poller.poll
-        self._modify = self._poller.register  # adds or changes
-        self._client_events = READABLE
-        self._modify(client.fd, READABLE)
-        self._modify(control.wake_fd, READABLE)
-        self._wake_registered = True
+        self._poller: select.poll | None = None  # made when first wanted: many short connections never wait
+        self._client_events = -1
+        self._wake_registered = False
         self._upstream_fd = -1
         self._upstream_events = 0
         self.pulse_every_s = min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
         self.next_pulse_at = time.monotonic() + self.pulse_every_s
 
+    def _open_poller(self) -> "select.poll":
+        self._poller = poller = select.poll()
+        self._poll = poller.poll
+        self._modify = poller.register  # adds or changes
+        self._modify(self.control.wake_fd, READABLE)
+        self._wake_registered = True
+        return poller
+
     def forget_upstream(self) -> None:
         """The upstream socket is gone, or goes back into its pool."""
         if self._upstream_fd >= 0:
-            self._poller.unregister(self._upstream_fd)
-            self._upstream_fd = -1
-            self._upstream_events = 0
+            self._change_upstream(-1, 0)
         self.upstream = None
 
     def forget_phases(self) -> None:
@@ -3923,6 +3925,8 @@ class Waiter:
         Returns: True if the client's socket has something to read (its end included), False if ``until`` passed or
         the worker drains.
         """
+        if self._poller is None:
+            self._open_poller()
         if self._client_events != READABLE:
             self._modify(self.client.fd, READABLE)
             self._client_events = READABLE
@@ -3965,11 +3969,12 @@ class Waiter:
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
+        poller = self._poller or self._open_poller()
         if client_events != self._client_events:
             if client_events >= 0:
                 self._modify(self.client.fd, client_events)
             else:
-                self._poller.unregister(self.client.fd)
+                poller.unregister(self.client.fd)
             self._client_events = client_events
         if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
             self._change_upstream(upstream_fd, upstream_events)
@@ -4001,6 +4006,7 @@ class Waiter:
         return client_ready, upstream_ready, now
 
     def _change_upstream(self, fd: int, events: int) -> None:
+        assert self._poller is not None
         if self._upstream_fd >= 0 and (fd != self._upstream_fd or not events):
             self._poller.unregister(self._upstream_fd)
             self._upstream_fd = -1
@@ -4071,6 +4077,7 @@ class Waiter:
     def _see_control(self) -> None:
         """The worker drains: look at its clock from now on, and no longer at the descriptor, which stays readable."""
         if self._wake_registered:
+            assert self._poller is not None
             self._poller.unregister(self.control.wake_fd)
             self._wake_registered = False
         self.drain_seen = True
@@ -5822,8 +5829,9 @@ class ClientConnection:
             until = time.monotonic() + _OVERFLOW_HEAD_S
         skipped = False
         client = self.client
-        soon = self.served > 0 and (keepalive is None or keepalive.seconds > PATIENCE_S)
-        if soon and not client.patient:
+        # A first request is mostly there already, the next one about to come.
+        soon = not client.has_unread and (keepalive is None or keepalive.seconds > PATIENCE_S)
+        if soon and self.served == 1:
             client.become_patient()
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).
@@ -6407,7 +6415,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.is_unix = listener.family == socket.AF_UNIX
         self._all_connections = all_connections
         self._max_connections = worker.settings.max_connections.value
-        self._lock = threading.Lock()  # guards connections, _idle, _threads, _queued, _overflow, _stopped
+        self._lock = threading.Lock()  # guards _idle, _threads, _queued, _overflow, _stopped
         self.connections: set[ClientConnection] = set()
         self._idle = 0
         self._threads = 0
@@ -6502,13 +6510,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
         name, host = self._name(address)
         connection = ClientConnection(self.worker, request, name, host, overflow=overflow)
-        with self._lock:
-            self.connections.add(connection)
+        self.connections.add(connection)  # one operation each, which no other thread can come into
         try:
             connection.serve()
         finally:
-            with self._lock:
-                self.connections.discard(connection)
+            self.connections.discard(connection)
 
     def _enter_overflow(self) -> bool:
         with self._lock:
@@ -6601,8 +6607,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def snapshot(self) -> list[ClientConnection]:
         """Returns: the connections being served."""
-        with self._lock:
-            return list(self.connections)
+        return list(self.connections)  # one operation as well
 
 
 # --- proxy/workers.py, line 1 ---

@@ -323,8 +323,9 @@ class ClientConnection:
             until = time.monotonic() + _OVERFLOW_HEAD_S
         skipped = False
         client = self.client
-        soon = self.served > 0 and (keepalive is None or keepalive.seconds > PATIENCE_S)
-        if soon and not client.patient:
+        # A first request is mostly there already, the next one about to come.
+        soon = not client.has_unread and (keepalive is None or keepalive.seconds > PATIENCE_S)
+        if soon and self.served == 1:
             client.become_patient()
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).

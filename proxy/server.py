@@ -44,7 +44,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.is_unix = listener.family == socket.AF_UNIX
         self._all_connections = all_connections
         self._max_connections = worker.settings.max_connections.value
-        self._lock = threading.Lock()  # guards connections, _idle, _threads, _queued, _overflow, _stopped
+        self._lock = threading.Lock()  # guards _idle, _threads, _queued, _overflow, _stopped
         self.connections: set[ClientConnection] = set()
         self._idle = 0
         self._threads = 0
@@ -139,13 +139,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
         name, host = self._name(address)
         connection = ClientConnection(self.worker, request, name, host, overflow=overflow)
-        with self._lock:
-            self.connections.add(connection)
+        self.connections.add(connection)  # one operation each, which no other thread can come into
         try:
             connection.serve()
         finally:
-            with self._lock:
-                self.connections.discard(connection)
+            self.connections.discard(connection)
 
     def _enter_overflow(self) -> bool:
         with self._lock:
@@ -238,5 +236,4 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def snapshot(self) -> list[ClientConnection]:
         """Returns: the connections being served."""
-        with self._lock:
-            return list(self.connections)
+        return list(self.connections)  # one operation as well

@@ -83,24 +83,26 @@ class Waiter:
         self.drain_seen = False
         self.watches: list[TimedWatch] = []
         self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _no_phase
-        self._poller = select.poll()
-        self._poll = self._poller.poll
-        self._modify = self._poller.register  # adds or changes
-        self._client_events = READABLE
-        self._modify(client.fd, READABLE)
-        self._modify(control.wake_fd, READABLE)
-        self._wake_registered = True
+        self._poller: select.poll | None = None  # made when first wanted: many short connections never wait
+        self._client_events = -1
+        self._wake_registered = False
         self._upstream_fd = -1
         self._upstream_events = 0
         self.pulse_every_s = min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
         self.next_pulse_at = time.monotonic() + self.pulse_every_s
 
+    def _open_poller(self) -> "select.poll":
+        self._poller = poller = select.poll()
+        self._poll = poller.poll
+        self._modify = poller.register  # adds or changes
+        self._modify(self.control.wake_fd, READABLE)
+        self._wake_registered = True
+        return poller
+
     def forget_upstream(self) -> None:
         """The upstream socket is gone, or goes back into its pool."""
         if self._upstream_fd >= 0:
-            self._poller.unregister(self._upstream_fd)
-            self._upstream_fd = -1
-            self._upstream_events = 0
+            self._change_upstream(-1, 0)
         self.upstream = None
 
     def forget_phases(self) -> None:
@@ -114,6 +116,8 @@ class Waiter:
         Returns: True if the client's socket has something to read (its end included), False if ``until`` passed or
         the worker drains.
         """
+        if self._poller is None:
+            self._open_poller()
         if self._client_events != READABLE:
             self._modify(self.client.fd, READABLE)
             self._client_events = READABLE
@@ -156,11 +160,12 @@ class Waiter:
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
+        poller = self._poller or self._open_poller()
         if client_events != self._client_events:
             if client_events >= 0:
                 self._modify(self.client.fd, client_events)
             else:
-                self._poller.unregister(self.client.fd)
+                poller.unregister(self.client.fd)
             self._client_events = client_events
         if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
             self._change_upstream(upstream_fd, upstream_events)
@@ -192,6 +197,7 @@ class Waiter:
         return client_ready, upstream_ready, now
 
     def _change_upstream(self, fd: int, events: int) -> None:
+        assert self._poller is not None
         if self._upstream_fd >= 0 and (fd != self._upstream_fd or not events):
             self._poller.unregister(self._upstream_fd)
             self._upstream_fd = -1
@@ -262,6 +268,7 @@ class Waiter:
     def _see_control(self) -> None:
         """The worker drains: look at its clock from now on, and no longer at the descriptor, which stays readable."""
         if self._wake_registered:
+            assert self._poller is not None
             self._poller.unregister(self.control.wake_fd)
             self._wake_registered = False
         self.drain_seen = True
