@@ -183,7 +183,6 @@ _ANSWERED = [
     ("upstream.read", "post", "response_head"),
     ("framing.LengthFraming.feed", "post", "request_body"),
     ("relay.Relay._pump_request", "upload", "request_body"),
-    ("waiting.Waiter.read_soon", "post", "response_head"),
     ("relay.Relay._read_upstream", "post", "response_head"),
     ("relay.Relay._take_head", "post", "response_head"),
     ("relay.parse_response_head", "post", "response_head"),
