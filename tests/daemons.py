@@ -300,13 +300,14 @@ class Registry(_Process):
 class Link:
     """A TCP relay that counts what passes, and may let only so many bytes a second through towards its target.
 
-    Counts and rate are those of all connections together. The way back is never slow.
+    Counts and rate are those of all connections together. The way back is never slow. It listens in the network
+    namespace that it is made in, and connects from the one that it is started in.
     """
 
     _CHUNK = 16 * 1024
     _BUFFER = 64 * 1024
 
-    def __init__(self, target: Address, bytes_per_s: float | None = None) -> None:
+    def __init__(self, target: Address, bytes_per_s: float | None = None, host: str = "127.0.0.1") -> None:
         self.target = target
         self.bytes_per_s = bytes_per_s
         self.forwarded_bytes = 0
@@ -319,9 +320,9 @@ class Link:
         self._listener = socket.socket()
         # Accepted sockets inherit it. With large buffers the sender would believe megabytes to be through that are not.
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._BUFFER)
-        self._listener.bind(("127.0.0.1", 0))
+        self._listener.bind((host, 0))
         self._listener.listen()
-        self.address = Address(None, "127.0.0.1", self._listener.getsockname()[1])
+        self.address = Address(None, host, self._listener.getsockname()[1])
 
     def __enter__(self) -> typing.Self:
         self._spawn(self._accept)

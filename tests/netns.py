@@ -92,7 +92,7 @@ class Network:
         self.here = f"proxy-test-{os.getpid()}-{number}-here"
         self.there = f"proxy-test-{os.getpid()}-{number}-there"
         self._stack = contextlib.ExitStack()
-        self._state: dict[str, object] = {"drop": "", "delay_s": 0.0, "loss": 0.0, "rate": 0.0}
+        self._state: dict[str, object] = {"drop": "", "delay_s": 0.0, "loss": 0.0, "rate": 0.0, "largest": 0}
 
     def __enter__(self) -> typing.Self:
         with self._stack:
@@ -119,6 +119,7 @@ class Network:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(ends[0]), str(ends[1]), str(far.fileno())],
                 pass_fds=(*ends, far.fileno()),
+                start_new_session=True,  # a Ctrl-C is for whoever made the link, who then ends it
             )
         self._stack.callback(self._process.wait, 5)
         self._stack.callback(control.shutdown, socket.SHUT_RDWR)  # which ends the process
@@ -139,13 +140,19 @@ class Network:
 
     def restore(self) -> None:
         """Make the link whole and fast."""
-        self._set(drop="", delay_s=0.0, loss=0.0, rate=0.0)
+        self._set(drop="", delay_s=0.0, loss=0.0, rate=0.0, largest=0)
 
     def slow(self, *, rate: float = 0.0, delay_s: float = 0.0, loss: float = 0.0) -> None:
         """Make the link slow: octets per second (0 is unbounded), one-way delay, share of packets lost; in each
         direction.
         """
         self._set(rate=rate, delay_s=delay_s, loss=loss)
+
+    def narrow(self, largest: int) -> None:
+        """Let packets of more than ``largest`` octets vanish, in each direction: the way has a smaller MTU than its ends
+        believe, and nobody tells them (RFC 2923 §2.1).
+        """
+        self._set(largest=largest)
 
 
 def _ip(*arguments: str) -> None:
@@ -187,6 +194,8 @@ def _carry(ends: tuple[int, int], control: socket.socket) -> None:
                     except BlockingIOError:
                         break
                     if state["drop"] in ("both", towards[end]) or randomness.random() < state["loss"]:
+                        continue
+                    if 0 < state["largest"] < len(packet):
                         continue
                     due = now
                     if state["rate"]:
