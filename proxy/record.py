@@ -32,6 +32,15 @@ _SECRET_FIELDS = re.compile(
     rb"|secret|session|sig|signature|token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
     re.IGNORECASE,
 )
+_Made = typing.TypeVar("_Made")
+_BYTE_COUNTS = (
+    "client_read",
+    "client_written",
+    "upstream_read",
+    "upstream_written",
+    "request_body",
+    "response_body",
+)
 _quote = json.encoder.encode_basestring_ascii
 # A longer target goes the general way, where what is too long for a line is cut.
 _LONG_TARGET = 4096
@@ -185,17 +194,14 @@ class Record:
             else:
                 self._log.event(level, event, **self.fields(abort))
         except Exception as bug:  # noqa: BLE001  # a bug in making the line must not cost the line
+            self._log.event(level, event, **self._fields_despite(bug, abort))
             self._log.event(
-                level,
-                event,
-                message=f"the record of this request could not be made: {bug!r}",
+                "error",
+                "internal.error",
+                message=f"a bug in making the record of request {self.request_id}: {bug!r}",
                 request_id=self.request_id,
-                connection_id=self.about.connection_id,
                 pid=self.about.pid,
-                client=self.about.client,
-                side="proxy",
-                cause="internal",
-                exception=describe_exception(bug),
+                traceback=_traceback_text(bug),
             )
         return error is None or isinstance(error, Exception)
 
@@ -226,14 +232,8 @@ class Record:
         """Returns: the ``bytes`` field."""
         relay = self.relay
         if relay is None:
-            return {
-                "client_read": self.head_read,
-                "client_written": self.answered_bytes,
-                "upstream_read": 0,
-                "upstream_written": 0,
-                "request_body": 0,
-                "response_body": 0,
-            }
+            none = dict.fromkeys(_BYTE_COUNTS, 0)
+            return none | {"client_read": self.head_read, "client_written": self.answered_bytes}
         return {
             "client_read": self.head_read + relay.request.read,
             "client_written": relay.response.written + self.answered_bytes,
@@ -349,6 +349,49 @@ class Record:
             fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
+    def _fields_despite(self, bug: Exception, abort: Abort | None) -> dict[str, object]:
+        """Returns: the fields after making them has met a bug: each by itself, and by default what can't be made."""
+        now = time.monotonic()
+        unknown: tuple[str | None, str | None] = (None, None)
+        method, target = _try(self.method_and_target, unknown)
+        fields: dict[str, object] = {
+            "message": f"{method} {target} ended after {now - self.first_at:.1f} s",
+            "request_id": self.request_id,
+            "connection_id": self.about.connection_id,
+            "pid": self.about.pid,
+            "client": self.about.client,
+            "upstream": self.upstream,
+            "method": method,
+            "target": target,
+            "status": _try(self.status, None),
+            "bytes": _try(self.bytes, dict.fromkeys(_BYTE_COUNTS, 0)),
+            "expected": {"request_body": None, "response_body": None},
+            "duration_s": round(now - self.first_at, 6),
+            "timing_s": {},
+        }
+        if abort is not None:
+            least: dict[str, object] = {
+                "side": abort.side.value,
+                "phase": abort.phase.value,
+                "operation": abort.operation.value if abort.operation is not None else None,
+                "cause": abort.cause.value,
+                "limit": _try(lambda: describe_limit(abort), None),
+                "error_type": abort.error_type,
+                "exception": _try(lambda: describe_exception(abort.original), None),
+                "stalled_s": {},
+                "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
+                "events": [],
+            }
+            fields |= _try(lambda: self._abort_fields(abort, now), least)
+            fields["message"] = _try(lambda: self.sentence(abort, now), f"{fields['message']}: {abort.cause}")
+        else:
+            nothing: dict[str, object] = {}
+            fields |= _try(lambda: self.fields(None), nothing)
+        if self.attempts:
+            fields["attempts"] = self.attempts
+        fields["notes"] = [*getattr(abort, "__notes__", ()), f"while making this record: {bug!r}"]
+        return fields
+
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
         relay = self.relay
         fields: dict[str, object] = {
@@ -370,7 +413,7 @@ class Record:
         if notes:
             fields["notes"] = list(notes)
         if abort.cause is Cause.INTERNAL and abort.original is not None:
-            fields["traceback"] = "".join(traceback.format_exception(abort.original))[-8192:]
+            fields["traceback"] = _traceback_text(abort.original)
         return fields
 
     def _stalled(self, now: float, *, refused: bool) -> dict[str, float]:
@@ -468,6 +511,17 @@ class Record:
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""
         return f"{counts['response_body']:,}{of} bytes of the response had reached {client}{doing}"
+
+
+def _try(make: collections.abc.Callable[[], _Made], default: _Made) -> _Made:
+    try:
+        return make()
+    except Exception:  # noqa: BLE001  # the bug that led here is told already, and the record must be made
+        return default
+
+
+def _traceback_text(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-8192:]
 
 
 _PHASE_WORDS = {

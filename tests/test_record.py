@@ -310,11 +310,18 @@ _RECORD_BUGS = [
 def test_a_bug_in_making_the_record_does_not_cost_the_record(fault: str, which: str, faulty: Faulty) -> None:
     seen, record = faulty.fail(which, fault)
     assert seen == {"post": "whole", "tunnel": "whole", "cut": "cut", "drop": "502", "half": "408"}[which]
+    harness.check_record(record)
     assert record["event"] == ("request.complete" if seen == "whole" else "request.abort")
-    assert (record["side"], record["cause"]) == ("proxy", "internal")
-    assert record["request_id"]
-    assert record["client"].startswith("127.0.0.1:")
-    assert fault in record["exception"]["text"]
+    # It says what it would have said, and what was wrong.
+    if seen != "whole":
+        expected = {"cut": ("upstream", "closed"), "drop": ("upstream", "closed"), "half": ("client", "timeout")}
+        assert (record["side"], record["cause"]) == expected[which]
+    assert record["bytes"]["client_read"] > 0
+    assert record["bytes"]["response_body"] == {"post": 4, "tunnel": 4, "cut": 3, "drop": 0, "half": 0}[which]
+    assert any(fault in note for note in record["notes"])
+    told = [line for line in faulty.proxy.records() if line["event"] == "internal.error"][-1]
+    assert told["request_id"] == record["request_id"]
+    assert fault in told["traceback"]
 
 
 def test_a_bug_in_writing_the_line_costs_the_line_at_most(tmp_path: pathlib.Path) -> None:
