@@ -361,14 +361,7 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     if octets == memory.head_octets and memory.request is not None:
         return memory.request
     line_end = octets.find(b"\r\n")
-    line = octets[:line_end]
-    match = REQUEST_LINE.fullmatch(line)
-    if match is None:
-        raise _explain_request_line(line)
-    method, target, major, minor_digit = match.groups()
-    if major != b"1" or minor_digit not in (b"0", b"1"):
-        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", len(line) - 3, line[-8:], status=505)
-    minor = 1 if minor_digit == b"1" else 0
+    method, target, minor = parse_request_line(octets[:line_end])
     try:
         section = memory.parse(octets[line_end + 2 : -2])
     except MalformedMessage as error:
@@ -391,6 +384,20 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     memory.head_octets = octets
     memory.request = head = RequestHead(method, target, minor, section, len(octets))
     return head
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
+    """Returns: method, target and minor version of a request line, which stands there without its CRLF.
+
+    Raises: MalformedMessage with the status to answer: 400, 505.
+    """
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise _explain_request_line(line)
+    method, target, major, minor_digit = match.groups()
+    if major != b"1" or minor_digit not in (b"0", b"1"):
+        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", len(line) - 3, line[-8:], status=505)
+    return method, target, 1 if minor_digit == b"1" else 0
 
 
 def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
@@ -620,6 +627,9 @@ _HOP_BY_HOP = frozenset(
 # Set by the proxy: what a client sends under these names would let it pose as another.
 _SET_ON_REQUESTS = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-request-id"))
 _SET_ON_RESPONSES = frozenset((b"x-request-id",))
+_TRACING = frozenset((b"OPTIONS", b"TRACE"))
+# A 1xx or 204 must not have them (RFC 9112 §6.1, RFC 9110 §8.6), and a client that believes them waits for a body.
+_FRAMES_A_BODY = frozenset((b"content-length", b"transfer-encoding", b"trailer"))
 
 
 # These three are made for each connection. A frozen dataclass takes three times as long to make as a named tuple.
@@ -639,6 +649,7 @@ class PreparedRequest(typing.NamedTuple):
 
     minor: int
     context: ForwardingContext
+    hops: int | None  # what ``max_forwards`` said
     lines: bytes  # field lines, without X-Request-Id and the empty line
     request_id: bytes | None  # the client's own, if well formed
     keep_alive: bool
@@ -650,9 +661,20 @@ class PreparedResponse(typing.NamedTuple):
     """A response's header section as it goes to the client, and what it says of the connection."""
 
     dechunk: bool
+    bodiless: bool  # 1xx or 204
     minor: int
     lines: bytes  # field lines, without X-Request-Id, Connection, Upgrade and the empty line
     keep_alive: bool
+
+
+def max_forwards(head: RequestHead) -> int | None:
+    """Returns: how many more hops a TRACE or OPTIONS request may take (RFC 9110 §7.6.2), None where that is left open;
+    other methods do not ask.
+    """
+    if head.method not in _TRACING:
+        return None
+    values = head.section.known.get(b"max-forwards", ())
+    return int(values[0]) if len(values) == 1 and CONTENT_LENGTH.fullmatch(values[0]) is not None else None
 
 
 def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[bytes]:
@@ -674,13 +696,23 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     """Make, or find again, the field lines of a request for upstream (RFC 9110 §7.6)."""
     section = head.section
     prepared = section.prepared
-    if isinstance(prepared, PreparedRequest) and prepared.minor == head.minor and prepared.context == context:
+    hops = max_forwards(head)
+    if (
+        isinstance(prepared, PreparedRequest)
+        and prepared.minor == head.minor
+        and prepared.context == context
+        and prepared.hops == hops
+    ):
         return prepared
     known = section.known
     options = section.options
     # Expect and Upgrade mean nothing in HTTP/1.0 (RFC 9110 §10.1.1, §7.8).
     dropped = _SET_ON_REQUESTS if head.minor else _SET_ON_REQUESTS | {b"expect"}
+    if hops is not None:
+        dropped |= {b"max-forwards"}
     lines = _passing_lines(section, dropped)
+    if hops is not None:
+        lines.append(b"Max-Forwards: %d\r\n" % max(0, hops - 1))
     host = section.first(b"host")
     if host is None:
         lines.insert(0, b"Host: %b\r\n" % context.upstream_host)
@@ -704,6 +736,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     prepared = PreparedRequest(
         minor=head.minor,
         context=context,
+        hops=hops,
         lines=b"".join(lines),
         request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
@@ -727,14 +760,23 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
     """
     section = head.section
     prepared = section.prepared
-    if isinstance(prepared, PreparedResponse) and prepared.dechunk is dechunk and prepared.minor == head.minor:
+    bodiless = head.status < 200 or head.status == 204
+    if (
+        isinstance(prepared, PreparedResponse)
+        and prepared.dechunk is dechunk
+        and prepared.bodiless is bodiless
+        and prepared.minor == head.minor
+    ):
         return prepared
     dropped = _SET_ON_RESPONSES | {b"transfer-encoding", b"trailer"} if dechunk else _SET_ON_RESPONSES
+    if bodiless:
+        dropped |= _FRAMES_A_BODY
     lines = _passing_lines(section, dropped)
     lines.append(b"Via: 1.%d %b\r\n" % (head.minor, proxy_name))
     options = section.options
     prepared = PreparedResponse(
         dechunk=dechunk,
+        bodiless=bodiless,
         minor=head.minor,
         lines=b"".join(lines),
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
@@ -5045,6 +5087,15 @@ _SECRET_FIELDS = re.compile(
     rb"|secret|session|sig|signature|token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
     re.IGNORECASE,
 )
+_Made = typing.TypeVar("_Made")
+_BYTE_COUNTS = (
+    "client_read",
+    "client_written",
+    "upstream_read",
+    "upstream_written",
+    "request_body",
+    "response_body",
+)
 _quote = json.encoder.encode_basestring_ascii
 # A longer target goes the general way, where what is too long for a line is cut.
 _LONG_TARGET = 4096
@@ -5198,17 +5249,14 @@ class Record:
             else:
                 self._log.event(level, event, **self.fields(abort))
         except Exception as bug:  # noqa: BLE001  # a bug in making the line must not cost the line
+            self._log.event(level, event, **self._fields_despite(bug, abort))
             self._log.event(
-                level,
-                event,
-                message=f"the record of this request could not be made: {bug!r}",
+                "error",
+                "internal.error",
+                message=f"a bug in making the record of request {self.request_id}: {bug!r}",
                 request_id=self.request_id,
-                connection_id=self.about.connection_id,
                 pid=self.about.pid,
-                client=self.about.client,
-                side="proxy",
-                cause="internal",
-                exception=describe_exception(bug),
+                traceback=_traceback_text(bug),
             )
         return error is None or isinstance(error, Exception)
 
@@ -5239,14 +5287,8 @@ class Record:
         """Returns: the ``bytes`` field."""
         relay = self.relay
         if relay is None:
-            return {
-                "client_read": self.head_read,
-                "client_written": self.answered_bytes,
-                "upstream_read": 0,
-                "upstream_written": 0,
-                "request_body": 0,
-                "response_body": 0,
-            }
+            none = dict.fromkeys(_BYTE_COUNTS, 0)
+            return none | {"client_read": self.head_read, "client_written": self.answered_bytes}
         return {
             "client_read": self.head_read + relay.request.read,
             "client_written": relay.response.written + self.answered_bytes,
@@ -5362,6 +5404,49 @@ class Record:
             fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
+    def _fields_despite(self, bug: Exception, abort: Abort | None) -> dict[str, object]:
+        """Returns: the fields after making them has met a bug: each by itself, and by default what can't be made."""
+        now = time.monotonic()
+        unknown: tuple[str | None, str | None] = (None, None)
+        method, target = _try(self.method_and_target, unknown)
+        fields: dict[str, object] = {
+            "message": f"{method} {target} ended after {now - self.first_at:.1f} s",
+            "request_id": self.request_id,
+            "connection_id": self.about.connection_id,
+            "pid": self.about.pid,
+            "client": self.about.client,
+            "upstream": self.upstream,
+            "method": method,
+            "target": target,
+            "status": _try(self.status, None),
+            "bytes": _try(self.bytes, dict.fromkeys(_BYTE_COUNTS, 0)),
+            "expected": {"request_body": None, "response_body": None},
+            "duration_s": round(now - self.first_at, 6),
+            "timing_s": {},
+        }
+        if abort is not None:
+            least: dict[str, object] = {
+                "side": abort.side.value,
+                "phase": abort.phase.value,
+                "operation": abort.operation.value if abort.operation is not None else None,
+                "cause": abort.cause.value,
+                "limit": _try(lambda: describe_limit(abort), None),
+                "error_type": abort.error_type,
+                "exception": _try(lambda: describe_exception(abort.original), None),
+                "stalled_s": {},
+                "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
+                "events": [],
+            }
+            fields |= _try(lambda: self._abort_fields(abort, now), least)
+            fields["message"] = _try(lambda: self.sentence(abort, now), f"{fields['message']}: {abort.cause}")
+        else:
+            nothing: dict[str, object] = {}
+            fields |= _try(lambda: self.fields(None), nothing)
+        if self.attempts:
+            fields["attempts"] = self.attempts
+        fields["notes"] = [*getattr(abort, "__notes__", ()), f"while making this record: {bug!r}"]
+        return fields
+
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
         relay = self.relay
         fields: dict[str, object] = {
@@ -5383,7 +5468,7 @@ class Record:
         if notes:
             fields["notes"] = list(notes)
         if abort.cause is Cause.INTERNAL and abort.original is not None:
-            fields["traceback"] = "".join(traceback.format_exception(abort.original))[-8192:]
+            fields["traceback"] = _traceback_text(abort.original)
         return fields
 
     def _stalled(self, now: float, *, refused: bool) -> dict[str, float]:
@@ -5481,6 +5566,17 @@ class Record:
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""
         return f"{counts['response_body']:,}{of} bytes of the response had reached {client}{doing}"
+
+
+def _try(make: collections.abc.Callable[[], _Made], default: _Made) -> _Made:
+    try:
+        return make()
+    except Exception:  # noqa: BLE001  # the bug that led here is told already, and the record must be made
+        return default
+
+
+def _traceback_text(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))[-8192:]
 
 
 _PHASE_WORDS = {
@@ -5873,6 +5969,7 @@ class ClientConnection:
         max_size = self.settings.max_head_size
         waiter = self.waiter
         watching = False
+        line_known = False
         scanned_from = 0
         while True:
             head_end = octets.find(b"\r\n\r\n", scanned_from)
@@ -5881,6 +5978,10 @@ class ClientConnection:
             record.head_read = min(len(octets), max_size.value)
             try:
                 check_partial_head(octets if head_end < 0 else octets[: head_end + 4], scanned_from)
+                if not line_known and (line_end := octets.find(b"\r\n", 0, max_size.value)) >= 0:
+                    # A line that is none has no head behind it that would ever end, as in HTTP/0.9.
+                    parse_request_line(octets[:line_end])
+                    line_known = True
             except MalformedMessage as error:
                 raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
             if len(octets) >= max_size.value:
@@ -5960,6 +6061,16 @@ class ClientConnection:
                 Cause.FORBIDDEN,
                 status=405,
                 detail="this is a reverse proxy and opens no tunnels",
+                reject=True,
+            )
+        if max_forwards(head) == 0:
+            raise Abort(
+                Side.CLIENT,
+                Phase.REQUEST_HEAD,
+                Operation.READ,
+                Cause.FORBIDDEN,
+                status=405,
+                detail="Max-Forwards is 0, so it ends here, and the proxy has no resources of its own",
                 reject=True,
             )
         bound = self.settings.max_body_size

@@ -19,10 +19,10 @@ from .aborts import Abort, classify, malformed_request, socket_abort
 from .config import Settings, UnixAddress
 from .docker import error_line
 from .endpoint import NO_WAIT, PATIENCE_S, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
-from .fields import ForwardingContext, PreparedRequest, prepare_request, serialize_request
+from .fields import ForwardingContext, PreparedRequest, max_forwards, prepare_request, serialize_request
 from .framing import request_framing
 from .grammar import REQUEST_LINE, MalformedMessage
-from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head
+from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head, parse_request_line
 from .kernel import (
     POLLRDHUP,
     PeerPulse,
@@ -367,6 +367,7 @@ class ClientConnection:
         max_size = self.settings.max_head_size
         waiter = self.waiter
         watching = False
+        line_known = False
         scanned_from = 0
         while True:
             head_end = octets.find(b"\r\n\r\n", scanned_from)
@@ -375,6 +376,10 @@ class ClientConnection:
             record.head_read = min(len(octets), max_size.value)
             try:
                 check_partial_head(octets if head_end < 0 else octets[: head_end + 4], scanned_from)
+                if not line_known and (line_end := octets.find(b"\r\n", 0, max_size.value)) >= 0:
+                    # A line that is none has no head behind it that would ever end, as in HTTP/0.9.
+                    parse_request_line(octets[:line_end])
+                    line_known = True
             except MalformedMessage as error:
                 raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
             if len(octets) >= max_size.value:
@@ -454,6 +459,16 @@ class ClientConnection:
                 Cause.FORBIDDEN,
                 status=405,
                 detail="this is a reverse proxy and opens no tunnels",
+                reject=True,
+            )
+        if max_forwards(head) == 0:
+            raise Abort(
+                Side.CLIENT,
+                Phase.REQUEST_HEAD,
+                Operation.READ,
+                Cause.FORBIDDEN,
+                status=405,
+                detail="Max-Forwards is 0, so it ends here, and the proxy has no resources of its own",
                 reject=True,
             )
         bound = self.settings.max_body_size

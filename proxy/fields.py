@@ -7,7 +7,7 @@ the head is serialized.
 
 import typing
 
-from .grammar import REQUEST_ID, TOKEN
+from .grammar import CONTENT_LENGTH, REQUEST_ID, TOKEN
 from .head import HeaderSection, RequestHead, ResponseHead
 
 # RFC 9110 §7.6.1, and the two fields of a proxy's own authentication, which apply to the next hop alone (§11.7).
@@ -26,6 +26,9 @@ _HOP_BY_HOP = frozenset(
 # Set by the proxy: what a client sends under these names would let it pose as another.
 _SET_ON_REQUESTS = frozenset((b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"x-request-id"))
 _SET_ON_RESPONSES = frozenset((b"x-request-id",))
+_TRACING = frozenset((b"OPTIONS", b"TRACE"))
+# A 1xx or 204 must not have them (RFC 9112 §6.1, RFC 9110 §8.6), and a client that believes them waits for a body.
+_FRAMES_A_BODY = frozenset((b"content-length", b"transfer-encoding", b"trailer"))
 
 
 # These three are made for each connection. A frozen dataclass takes three times as long to make as a named tuple.
@@ -45,6 +48,7 @@ class PreparedRequest(typing.NamedTuple):
 
     minor: int
     context: ForwardingContext
+    hops: int | None  # what ``max_forwards`` said
     lines: bytes  # field lines, without X-Request-Id and the empty line
     request_id: bytes | None  # the client's own, if well formed
     keep_alive: bool
@@ -56,9 +60,20 @@ class PreparedResponse(typing.NamedTuple):
     """A response's header section as it goes to the client, and what it says of the connection."""
 
     dechunk: bool
+    bodiless: bool  # 1xx or 204
     minor: int
     lines: bytes  # field lines, without X-Request-Id, Connection, Upgrade and the empty line
     keep_alive: bool
+
+
+def max_forwards(head: RequestHead) -> int | None:
+    """Returns: how many more hops a TRACE or OPTIONS request may take (RFC 9110 §7.6.2), None where that is left open;
+    other methods do not ask.
+    """
+    if head.method not in _TRACING:
+        return None
+    values = head.section.known.get(b"max-forwards", ())
+    return int(values[0]) if len(values) == 1 and CONTENT_LENGTH.fullmatch(values[0]) is not None else None
 
 
 def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[bytes]:
@@ -80,13 +95,23 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     """Make, or find again, the field lines of a request for upstream (RFC 9110 §7.6)."""
     section = head.section
     prepared = section.prepared
-    if isinstance(prepared, PreparedRequest) and prepared.minor == head.minor and prepared.context == context:
+    hops = max_forwards(head)
+    if (
+        isinstance(prepared, PreparedRequest)
+        and prepared.minor == head.minor
+        and prepared.context == context
+        and prepared.hops == hops
+    ):
         return prepared
     known = section.known
     options = section.options
     # Expect and Upgrade mean nothing in HTTP/1.0 (RFC 9110 §10.1.1, §7.8).
     dropped = _SET_ON_REQUESTS if head.minor else _SET_ON_REQUESTS | {b"expect"}
+    if hops is not None:
+        dropped |= {b"max-forwards"}
     lines = _passing_lines(section, dropped)
+    if hops is not None:
+        lines.append(b"Max-Forwards: %d\r\n" % max(0, hops - 1))
     host = section.first(b"host")
     if host is None:
         lines.insert(0, b"Host: %b\r\n" % context.upstream_host)
@@ -110,6 +135,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     prepared = PreparedRequest(
         minor=head.minor,
         context=context,
+        hops=hops,
         lines=b"".join(lines),
         request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
@@ -133,14 +159,23 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
     """
     section = head.section
     prepared = section.prepared
-    if isinstance(prepared, PreparedResponse) and prepared.dechunk is dechunk and prepared.minor == head.minor:
+    bodiless = head.status < 200 or head.status == 204
+    if (
+        isinstance(prepared, PreparedResponse)
+        and prepared.dechunk is dechunk
+        and prepared.bodiless is bodiless
+        and prepared.minor == head.minor
+    ):
         return prepared
     dropped = _SET_ON_RESPONSES | {b"transfer-encoding", b"trailer"} if dechunk else _SET_ON_RESPONSES
+    if bodiless:
+        dropped |= _FRAMES_A_BODY
     lines = _passing_lines(section, dropped)
     lines.append(b"Via: 1.%d %b\r\n" % (head.minor, proxy_name))
     options = section.options
     prepared = PreparedResponse(
         dechunk=dechunk,
+        bodiless=bodiless,
         minor=head.minor,
         lines=b"".join(lines),
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),

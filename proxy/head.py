@@ -167,14 +167,7 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     if octets == memory.head_octets and memory.request is not None:
         return memory.request
     line_end = octets.find(b"\r\n")
-    line = octets[:line_end]
-    match = REQUEST_LINE.fullmatch(line)
-    if match is None:
-        raise _explain_request_line(line)
-    method, target, major, minor_digit = match.groups()
-    if major != b"1" or minor_digit not in (b"0", b"1"):
-        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", len(line) - 3, line[-8:], status=505)
-    minor = 1 if minor_digit == b"1" else 0
+    method, target, minor = parse_request_line(octets[:line_end])
     try:
         section = memory.parse(octets[line_end + 2 : -2])
     except MalformedMessage as error:
@@ -197,6 +190,20 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     memory.head_octets = octets
     memory.request = head = RequestHead(method, target, minor, section, len(octets))
     return head
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
+    """Returns: method, target and minor version of a request line, which stands there without its CRLF.
+
+    Raises: MalformedMessage with the status to answer: 400, 505.
+    """
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise _explain_request_line(line)
+    method, target, major, minor_digit = match.groups()
+    if major != b"1" or minor_digit not in (b"0", b"1"):
+        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", len(line) - 3, line[-8:], status=505)
+    return method, target, 1 if minor_digit == b"1" else 0
 
 
 def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:

@@ -92,3 +92,31 @@ def test_a_response_loses_its_chunked_coding_only_where_it_is_taken_off() -> Non
     assert kept.lines == b"Transfer-Encoding: chunked\r\nTrailer: a\r\nVia: 1.1 here\r\n"
     assert not kept.keep_alive
     assert prepare_response(head, b"here", dechunk=True).lines == b"Via: 1.1 here\r\n"
+
+
+def test_a_response_without_a_body_loses_what_would_frame_one() -> None:
+    fields = b"Transfer-Encoding: chunked\r\nTrailer: a\r\nA: b\r\n"
+    memory = SectionMemory()
+    for status, lines in ((b"204", b""), (b"103", b""), (b"304", fields[:-6]), (b"200", fields[:-6])):
+        head = parse_response_head(b"HTTP/1.1 " + status + b" \r\n" + fields + b"\r\n", memory)
+        assert prepare_response(head, b"here", dechunk=False).lines == lines + b"A: b\r\nVia: 1.1 here\r\n"
+
+
+def prepare_hops(method: bytes, value: bytes, memory: SectionMemory) -> PreparedRequest:
+    fields = b"Host: a\r\nMax-Forwards: " + value + b"\r\n"
+    return prepare_request(parse_request_head(method + b" /x HTTP/1.1\r\n" + fields + b"\r\n", memory), CONTEXT)
+
+
+def test_max_forwards_counts_down_for_the_methods_that_trace() -> None:
+    memory = SectionMemory()
+    for method in (b"TRACE", b"OPTIONS"):
+        prepared = prepare_hops(method, b"3", memory)
+        assert prepared.hops == 3
+        assert prepared.lines.count(b"Max-Forwards:") == 1
+        assert b"Max-Forwards: 2\r\n" in prepared.lines
+    # The same fields under another method go through as they are, and what was made for one is not used for the other.
+    for method in (b"GET", b"POST"):
+        assert b"Max-Forwards: 3\r\n" in prepare_hops(method, b"3", memory).lines
+    assert b"Max-Forwards: 2\r\n" in prepare_hops(b"TRACE", b"3", memory).lines
+    # What is no number says nothing.
+    assert prepare_hops(b"TRACE", b"many", SectionMemory()).hops is None
