@@ -6264,6 +6264,11 @@ class ClientConnection:
         if connection is not None and connection.sock is not None:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
             record.upstream_evidence = socket_evidence(upstream_sock, dead=is_dead and abort.side is Side.UPSTREAM)
+        if is_dead and abort.elapsed_s is None:
+            # The kernel's own verdict: it counts from the last segment that it heard.
+            evidence = record.client_evidence if abort.side is Side.CLIENT else record.upstream_evidence
+            heard_s = evidence["last_ack_s"] if evidence is not None else None
+            abort.elapsed_s = heard_s if isinstance(heard_s, float) else None
         if (
             connection is not None
             and connection.endpoint is None

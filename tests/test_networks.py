@@ -212,6 +212,7 @@ def test_the_user_timeout_ends_a_client_that_vanished_sooner(network: netns.Netw
         record = scene.abort(4.0)
         assert _words(record) == ("request.abort", "client", "response_body", "dead_peer")
         assert record["limit"]["name"] == "tcp_user_timeout"
+        assert 0.3 <= record["limit"]["elapsed_s"] < 3.0
         assert record["exception"]["errno"] == "ETIMEDOUT"
 
 

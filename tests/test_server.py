@@ -186,7 +186,7 @@ def test_4096_requests_at_once() -> None:
 
 def test_without_descriptors_requests_fail_for_a_resource_and_it_recovers(upstream: Upstream) -> None:
     """EMFILE while upstream is connected is the proxy's own lack; EMFILE in accept keeps clients waiting."""
-    with ProxyProcess(upstream.url, prefix=("prlimit", "--nofile=48:48")) as proxy:
+    with ProxyProcess(upstream.url, "--workers", "1", prefix=("prlimit", "--nofile=48:48")) as proxy:
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(connect(proxy.address, patience_s=5)) for _ in range(24)]
             statuses = []
@@ -196,7 +196,7 @@ def test_without_descriptors_requests_fail_for_a_resource_and_it_recovers(upstre
                     statuses.append(ask(wire))
             assert 200 in statuses
     # Another proxy: kept connections of the first part would answer in place of those that hold.
-    with ProxyProcess(upstream.url, prefix=("prlimit", "--nofile=48:48")) as proxy:
+    with ProxyProcess(upstream.url, "--workers", "1", prefix=("prlimit", "--nofile=48:48")) as proxy:
         with contextlib.ExitStack() as stack:
             held = []
 
