@@ -95,6 +95,10 @@ def _canceled(told: Told) -> Check:
     return any("context canceled" in line for line in told.dockerd_said), "dockerd stopped pushing"
 
 
+def _tell(story: Story, stage: Stage, scene: Scene, proxy: ProxyProcess) -> Told:
+    return scene.tell(proxy, "abort-proxy", " ".join(stage.options(story.options)) or "as it comes")
+
+
 def _tcp(proxy: ProxyProcess) -> Address:
     address = proxy.address
     assert isinstance(address, tuple)
@@ -117,12 +121,12 @@ def _slow_registry(stage: Stage) -> collections.abc.Iterator[tuple[Link, str]]:
 def _deadline(story: Story, stage: Stage) -> Told:
     with (
         _slow_registry(stage) as (_, repository),
-        stage.proxy(stage.dockerd().tcp.url, *story.options) as proxy,
+        stage.proxy(stage.dockerd().tcp.url, *stage.options(story.options)) as proxy,
         Scene(stage, _tcp(proxy)) as scene,
     ):
         if scene.start("push", repository).wait_end():
             scene.await_dockerd("context canceled")
-        return scene.tell(proxy)
+        return _tell(story, stage, scene, proxy)
 
 
 def play_with_go(stage: Stage, program: pathlib.Path) -> Told:
@@ -137,7 +141,8 @@ def play_with_go(stage: Stage, program: pathlib.Path) -> Told:
     ):
         scene.start("push", repository).wait_end()
         scene.await_dockerd("context canceled")
-        return scene.tell(None, "Go's ReverseProxy", go_proxy.stop())
+        limits = f"ReadTimeout {_READ_LIMIT_S:g} s, WriteTimeout {_DEADLINE_S:g} s"
+        return scene.tell(None, "Go's ReverseProxy", limits, go_proxy.stop())
 
 
 def check_go(told: Told) -> list[Check]:
@@ -157,7 +162,10 @@ _READER = "head -c 1000000 >/dev/null; kill -STOP $$; cat >/dev/null"
 
 def _paused(story: Story, stage: Stage) -> Told:
     image = stage.image(heavy=True)
-    with stage.proxy(stage.dockerd().unix.url, *story.options) as proxy, Scene(stage, _tcp(proxy)) as scene:
+    with (
+        stage.proxy(stage.dockerd().unix.url, *stage.options(story.options)) as proxy,
+        Scene(stage, _tcp(proxy)) as scene,
+    ):
         command = scene.start("save", image, reader=_READER)
         assert command.process.stdout is not None
         with command.process.stdout as pipe:
@@ -173,7 +181,7 @@ def _paused(story: Story, stage: Stage) -> Told:
         finally:
             reader.kill()
             reader.wait(10)
-        return scene.tell(proxy)
+        return _tell(story, stage, scene, proxy)
 
 
 def _state(pid: int) -> str:
@@ -191,7 +199,7 @@ def _vanished(story: Story, stage: Stage) -> Told:
         stage.network() as network,
         _slow_registry(stage) as (slow, repository),
         stage.proxy(
-            stage.dockerd().unix.url, *story.options, listen=f"{netns.HERE_IP}:0", namespace=network.here
+            stage.dockerd().unix.url, *stage.options(story.options), listen=f"{netns.HERE_IP}:0", namespace=network.here
         ) as proxy,
         Scene(stage, _tcp(proxy), network.there) as scene,
     ):
@@ -205,7 +213,7 @@ def _vanished(story: Story, stage: Stage) -> Told:
             scene.note("docker still waits, and has not heard of anything; it is killed")
         scene.end_commands()
         network.restore()  # so that the proxy's own end waits for no packet
-        return scene.tell(proxy)
+        return _tell(story, stage, scene, proxy)
 
 
 # -- killed, hangup ----------------------------------------------------------------------------------------------------
@@ -221,13 +229,16 @@ def _build(scene: Scene, stage: Stage) -> Command:
 
 def _killed(story: Story, stage: Stage) -> Told:
     stage.image(heavy=False)
-    with stage.proxy(stage.dockerd().unix.url, *story.options) as proxy, Scene(stage, _tcp(proxy)) as scene:
+    with (
+        stage.proxy(stage.dockerd().unix.url, *stage.options(story.options)) as proxy,
+        Scene(stage, _tcp(proxy)) as scene,
+    ):
         command = _build(scene, stage)
         scene.note("kill -9 of dockerd")
         stage.kill_dockerd()
         command.wait_end()
         scene.await_abort(proxy)
-        return scene.tell(proxy)
+        return _tell(story, stage, scene, proxy)
 
 
 _STOPPED = "dockerd has stopped the build and its container"
@@ -235,7 +246,10 @@ _STOPPED = "dockerd has stopped the build and its container"
 
 def _hangup(story: Story, stage: Stage) -> Told:
     stage.image(heavy=False)
-    with stage.proxy(stage.dockerd().unix.url, *story.options) as proxy, Scene(stage, _tcp(proxy)) as scene:
+    with (
+        stage.proxy(stage.dockerd().unix.url, *stage.options(story.options)) as proxy,
+        Scene(stage, _tcp(proxy)) as scene,
+    ):
         command = _build(scene, stage)
         scene.note("Ctrl-C")
         with contextlib.suppress(ProcessLookupError):  # ended by something else
@@ -244,7 +258,7 @@ def _hangup(story: Story, stage: Stage) -> Told:
         scene.await_abort(proxy)
         if scene.await_no_container():
             scene.note(_STOPPED)
-        return scene.tell(proxy)
+        return _tell(story, stage, scene, proxy)
 
 
 # -- mtu ---------------------------------------------------------------------------------------------------------------
@@ -257,7 +271,7 @@ def _mtu(story: Story, stage: Stage) -> Told:
             far_end = Link(dockerd.unix, host=netns.THERE_IP)
         with (
             far_end,
-            stage.proxy(far_end.address.url, *story.options, namespace=network.here) as proxy,
+            stage.proxy(far_end.address.url, *stage.options(story.options), namespace=network.here) as proxy,
             Scene(stage, _tcp(proxy), network.here) as scene,
         ):
             network.narrow(_LARGEST_PACKET)
@@ -267,7 +281,7 @@ def _mtu(story: Story, stage: Stage) -> Told:
                 scene.note("docker ps works, while nothing of the image gets through")
             command.wait_end()
             scene.await_abort(proxy)
-            return scene.tell(proxy)
+            return _tell(story, stage, scene, proxy)
 
 
 def _evidence(told: Told, side: str) -> dict[str, typing.Any]:
