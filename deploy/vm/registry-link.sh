@@ -28,20 +28,16 @@ neighbours() {
     ip neighbour replace "$far" lladdr "$1" dev "$interface" nud permanent
     ip -n "$namespace" neighbour replace "$near" lladdr "$2" dev eth0 nud permanent
 }
-# Taken away before it is set: one kind does not replace another's figures.
+reachable() { neighbours "$far_hardware" "$near_hardware"; }
+# From one state to the next nothing may get through that neither lets through: there is no moment without a queue.
+queues() { tc qdisc replace dev "$interface" root "$@" && tc -n "$namespace" qdisc replace dev eth0 root "$@"; }
 no_queues() {
     tc qdisc delete dev "$interface" root 2>/dev/null || true # there is none: just as well
     tc -n "$namespace" qdisc delete dev eth0 root 2>/dev/null || true
 }
-queues() {
-    no_queues
-    tc qdisc add dev "$interface" root "$@" && tc -n "$namespace" qdisc add dev eth0 root "$@" && return
-    good
-    return 1
-}
 good() {
     no_queues
-    neighbours "$far_hardware" "$near_hardware"
+    reachable
     echo good >"$state"
 }
 
@@ -87,18 +83,17 @@ up-1) up ;;
 down-1) down ;;
 good-1) good ;;
 slow-2)
-    good
     # Some 200 ms of queue, and no more at once than a few packets.
     queues tbf rate "$2" burst 8kb latency 200ms || fail "slow takes a rate such as 200kbit or 2mbit, not '$2'"
+    reachable
     echo "slow $2" >"$state"
     ;;
 lossy-2)
-    good
     queues netem loss "$2" || fail "lossy takes a share such as 5%, and a kernel with sch_netem; not '$2'"
+    reachable
     echo "lossy $2" >"$state"
     ;;
 dead-1)
-    good
     # Frames to a hardware address that nobody has: sent, and taken by none. Needs nothing of the kernel.
     neighbours "$nobody" "$nobody"
     echo dead >"$state"
