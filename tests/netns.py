@@ -149,8 +149,8 @@ class Network:
         self._set(rate=rate, delay_s=delay_s, loss=loss)
 
     def narrow(self, largest: int) -> None:
-        """Let packets of more than ``largest`` octets vanish, in each direction: the way has a smaller MTU than its ends
-        believe, and nobody tells them (RFC 2923 §2.1).
+        """Let packets of more than ``largest`` octets vanish, in each direction: the way has a smaller MTU than both
+        ends believe, and nobody tells them (RFC 2923 §2.1).
         """
         self._set(largest=largest)
 
