@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Make the demonstration VM out of a Debian or Ubuntu; the Vagrantfile runs it, as root, from the checkout in /vagrant.
 #
+#   deploy/provision.sh           make it, and wait until the proxy and the registry answer
+#   deploy/provision.sh --wait    only wait, as after a start
+#
 # dockerd and a registry of the distribution, the link between them (registry-link), and the proxy by scripts/install,
 # open to all of the VM's addresses. Run again, it brings up to date what differs from the checkout, and otherwise says
 # that nothing changed. For a machine of its own only: whoever reaches its port 2375 is root on it.
@@ -125,15 +128,29 @@ answers() {
     done
 }
 
+wait_until_up() {
+    until_s=$((SECONDS + patience_s))
+    answers "the proxy" curl --silent --show-error --fail --max-time 10 http://127.0.0.1:2375/version
+    # A link that somebody made slow or dead is no failure.
+    [ "$(registry-link)" != good ] ||
+        answers "the registry" curl --silent --show-error --fail --max-time 10 http://registry.test:5000/v2/
+}
+
+case $* in
+"") ;;
+--wait)
+    wait_until_up
+    exit
+    ;;
+*) fail "unknown arguments '$*'; there is --wait" ;;
+esac
 install_packages
+# In the middle of a start, what is only about to run would be taken for stopped.
+systemctl is-system-running --wait >/dev/null || true # a failed unit of somebody else's is none of ours
 make_registry
 make_daemon
 make_proxy
-until_s=$((SECONDS + patience_s))
-answers "the proxy" curl --silent --show-error --fail --max-time 10 http://127.0.0.1:2375/version
-# A link that somebody made slow or dead is no failure.
-[ "$(registry-link)" != good ] ||
-    answers "the registry" curl --silent --show-error --fail --max-time 10 http://registry.test:5000/v2/
+wait_until_up
 
 versions=()
 for package in "${packages[@]}"; do
