@@ -340,6 +340,8 @@ class RequestHead:
     minor: int
     section: HeaderSection
     size: int  # octets, the empty line included
+    prepared: object = None  # belongs to ``fields``
+    logged: tuple[str, str] | None = None  # belongs to ``record``: what the records of this head say alike
 
 
 @dataclasses.dataclass(slots=True)
@@ -351,6 +353,7 @@ class ResponseHead:
     minor: int
     section: HeaderSection
     size: int
+    prepared: object = None  # belongs to ``fields``
 
 
 def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
@@ -694,6 +697,9 @@ def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[by
 
 def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRequest:
     """Make, or find again, the field lines of a request for upstream (RFC 9110 §7.6)."""
+    prepared = head.prepared  # the very same head, again
+    if isinstance(prepared, PreparedRequest) and prepared.context is context:
+        return prepared
     section = head.section
     prepared = section.prepared
     hops = max_forwards(head)
@@ -703,6 +709,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         and prepared.context == context
         and prepared.hops == hops
     ):
+        head.prepared = prepared
         return prepared
     known = section.known
     options = section.options
@@ -746,7 +753,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         and b"expect" not in options
         and any(v.lower() == b"100-continue" for v in expect),
     )
-    section.prepared = prepared
+    section.prepared = head.prepared = prepared
     return prepared
 
 
@@ -758,6 +765,9 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
     """Make, or find again, the field lines of a response for the client. ``dechunk`` leaves the chunked coding off,
     for HTTP/1.0.
     """
+    prepared = head.prepared  # the very same head, again
+    if isinstance(prepared, PreparedResponse) and prepared.dechunk is dechunk:
+        return prepared
     section = head.section
     prepared = section.prepared
     bodiless = head.status < 200 or head.status == 204
@@ -767,6 +777,7 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
         and prepared.bodiless is bodiless
         and prepared.minor == head.minor
     ):
+        head.prepared = prepared
         return prepared
     dropped = _SET_ON_RESPONSES | {b"transfer-encoding", b"trailer"} if dechunk else _SET_ON_RESPONSES
     if bodiless:
@@ -781,7 +792,7 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
         lines=b"".join(lines),
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
     )
-    section.prepared = prepared
+    section.prepared = head.prepared = prepared
     return prepared
 
 
@@ -4256,10 +4267,12 @@ class Flow:
                 self.last_written_at = now = time.monotonic()
                 if watch is not None:
                     watch.progress(now)
-        start, end, octets = self.start, self.end, self.octets
+        start, end = self.start, self.end
         if start < end:
-            whole = start == 0 and end == len(octets)
-            count = sink.write(octets if whole else memoryview(octets)[start:end], NO_WAIT)
+            octets: Octets | memoryview = self.octets
+            if start or end != len(octets):
+                octets = memoryview(octets)[start:end]
+            count = sink.write(octets, NO_WAIT)
             self.start = start = start + count
             self.written += count
             self.last_written_at = now
@@ -4683,7 +4696,8 @@ class Relay:
             if request.pending or not request.framing.complete or request.finished:
                 return
             request.finished = True
-            self._release_pipe(request)
+            if request.pipe is not None:
+                self._release_pipe(request)
             if not self.tunnel:
                 self.sent_at = time.monotonic()
             elif self.upstream is not None:
@@ -4818,7 +4832,7 @@ class Relay:
             self.awaiting_continue = False
             if self.request_head.minor:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
-                self._queue_head(serialize_response(head, prepared, b"", None))
+                self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
                 self._note("upstream", str(status))
                 if not rest:
                     self.first_byte_at = None  # of the final response
@@ -4856,29 +4870,15 @@ class Relay:
         if self.upstream_read_watch is not None:
             self.upstream_read_watch.start(now)
         self._head_from = response.written
-        self._queue_head(serialize_response(head, prepared, connection, self.request_id))
-        self._take_response_octets(rest, len(rest), appended=True)
+        self._take_response_octets(rest, len(rest), serialize_response(head, prepared, connection, self.request_id))
         self._flush_response(now)
 
-    def _queue_head(self, octets: bytes) -> None:
-        """Put a head on the way, behind an interim one that the client has not taken yet."""
-        response = self.response
-        if response.start < response.end:
-            octets = bytes(response.octets[response.start : response.end]) + octets
-        response.octets = octets
-        response.start = 0
-        response.end = response.fed_from = len(octets)
-        response.pending = True
-
-    def _take_response_octets(self, octets: bytes | bytearray, count: int, *, appended: bool = False) -> None:
-        """Feed the ``count`` octets that upstream sent, and put what belongs to this response on the way.
-
-        ``appended``: behind its head, which is there already.
+    def _take_response_octets(self, octets: Octets, count: int, head: bytes = b"") -> None:
+        """Feed the ``count`` octets of content and framing that upstream sent, and put what belongs to this response
+        on the way, behind ``head``.
         """
         response = self.response
         framing = response.framing
-        if not count:
-            return
         response.mark = framing.mark
         content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
@@ -4899,14 +4899,16 @@ class Relay:
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
-        if appended:
-            response.octets = bytes(response.octets) + octets[:stop]
-            response.end = len(response.octets)
-        else:
-            response.octets = octets
-            response.start = response.fed_from = 0
-            response.end = stop
-            response.pending = stop > 0
+        if head:
+            if response.start < response.end:  # an interim head that the client has not taken yet
+                head = bytes(response.octets[response.start : response.end]) + head
+            octets = head + octets[:stop]
+            stop = len(octets)
+        response.octets = octets
+        response.start = 0
+        response.end = stop
+        response.fed_from = len(head)
+        response.pending = stop > 0
 
     def _flush_response(self, now: float) -> None:
         """Write what is on the way to the client. Raises: Abort."""
@@ -4917,7 +4919,8 @@ class Relay:
                 return
             response.finished = True
             self.last_byte_at = time.monotonic()
-            self._release_pipe(response)
+            if response.pipe is not None:
+                self._release_pipe(response)
             if self.tunnel:
                 self.client.end_write()
         except BlockingIOError:
@@ -4951,8 +4954,7 @@ class Relay:
             self.tunnel_watch.wait(now)
             self._watch(self.tunnel_watch, Side.PROXY, Operation.READ)
         self._head_from = response.written
-        self._queue_head(serialize_response(head, prepared, connection, self.request_id))
-        self._take_response_octets(rest, len(rest), appended=True)
+        self._take_response_octets(rest, len(rest), serialize_response(head, prepared, connection, self.request_id))
         self._flush_response(now)
         if self.residue:
             octets, self.residue = self.residue, b""
@@ -5078,7 +5080,7 @@ between.
 """
 
 
-# --- proxy/record.py, line 28 ---
+# --- proxy/record.py, line 29 ---
 
 # User information, and query fields whose values are secrets by name.
 _SECRET_FIELDS = re.compile(
@@ -5310,7 +5312,8 @@ class Record:
         )
 
     def _complete_line(self) -> str:
-        """The line of ``request.complete``, without the general way through dictionaries.
+        """The line of ``request.complete``, without the general way through dictionaries where nothing is out of the
+        ordinary.
 
         It is written for every small request, and the general way takes three times as long (scripts/bench).
         """
@@ -5319,39 +5322,44 @@ class Record:
         assert head is not None
         response_head = relay.response_head
         assert response_head is not None
-        if len(head.target) > _LONG_TARGET:
+        first_at, head_at, connected_at = self.first_at, self.head_at, self.connected_at
+        sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
+        if (
+            self.attempts
+            or len(head.target) > _LONG_TARGET
+            or head_at is None
+            or connected_at is None
+            or sent_at is None
+            or first_byte_at is None
+            or end_at is None
+        ):
             return self._log.formatter.line("info", "request.complete", self.fields(None))
-        request, response = relay.request, relay.response
+        if head.logged is None:
+            method = head.method.decode("ascii")  # a token: nothing in it needs escaping
+            target = _quote(mask_secrets(head.target).decode("ascii"))
+            head.logged = (f"{method} {target[1:-1]}", f'"method":"{method}","target":{target}')
+        what, method_and_target = head.logged
+        about, request, response = self.about, relay.request, relay.response
+        request_body = 0 if request.framing is NO_BODY else request.relayed_content()
         response_body = response.relayed_content()
-        first_at = self.first_at
-        end_at = relay.last_byte_at or time.monotonic()
         duration = f"{end_at - first_at:.6f}"
-        method = head.method.decode("ascii")  # a token: nothing in it needs escaping
-        target = _quote(mask_secrets(head.target).decode("ascii"))
         status = response_head.status
         expected_request = head.section.content_length
         expected_response = response_head.section.content_length
-        connected_at, sent_at, first_byte_at = self.connected_at, relay.sent_at, relay.first_byte_at
         return (
             f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":1,'
-            f'"message":"{method} {target[1:-1]} answered {status} in {duration} s: {response_body:,} bytes of content'
-            f' to client {self.about.client_text}","request_id":"{self.request_id}",{self.about.fields_text},'
-            f'"upstream":{_quote(self.upstream) if self.upstream is not None else "null"},'
-            f'"method":"{method}","target":{target},"status":{status},'
+            f'"message":"{what} answered {status} in {duration} s: {response_body:,} bytes of content'
+            f' to client {about.client_text}","request_id":"{self.request_id}",{about.fields_text},'
+            f'"upstream":{_quote(self.upstream or "")},{method_and_target},"status":{status},'
             f'"bytes":{{"client_read":{self.head_read + request.read},"client_written":{response.written},'
             f'"upstream_read":{response.read},"upstream_written":{request.written},'
-            f'"request_body":{request.relayed_content()},"response_body":{response_body}}},'
+            f'"request_body":{request_body},"response_body":{response_body}}},'
             f'"expected":{{"request_body":{"null" if expected_request is None else expected_request},'
             f'"response_body":{"null" if expected_response is None else expected_response}}},'
-            f'"duration_s":{duration},"timing_s":{{"head":{(self.head_at or first_at) - first_at:.6f}'
-            + (f',"connected":{connected_at - first_at:.6f}' if connected_at is not None else "")
-            + (f',"request_sent":{sent_at - first_at:.6f}' if sent_at is not None else "")
-            + (f',"first_byte":{first_byte_at - first_at:.6f}' if first_byte_at is not None else "")
-            + f',"last_byte":{duration}}}{self._attempts_json()}}}\n'
+            f'"duration_s":{duration},"timing_s":{{"head":{head_at - first_at:.6f},'
+            f'"connected":{connected_at - first_at:.6f},"request_sent":{sent_at - first_at:.6f},'
+            f'"first_byte":{first_byte_at - first_at:.6f},"last_byte":{duration}}}}}\n'
         )
-
-    def _attempts_json(self) -> str:
-        return f',"attempts":{json.dumps(self.attempts)}' if self.attempts else ""
 
     def fields(self, abort: Abort | None) -> dict[str, object]:
         """Returns: the fields of the contract, those of an abort included if there is one."""
@@ -5905,8 +5913,9 @@ class ClientConnection:
                 record.request_id = prepared.request_id.decode("ascii")
             self._judge(head)
             self._exchange(record, head, prepared)
-        # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
-        self._drop_lease()
+        if self.lease is not None:
+            # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
+            self._drop_lease()
         relay = record.relay
         if relay is not None:
             self._residue = relay.residue
@@ -5920,9 +5929,7 @@ class ClientConnection:
         """Wait for the next request. Returns: its first octets; b"" if there will be none."""
         octets, self._residue = self._residue, b""
         keepalive = self.settings.keepalive_timeout
-        until = None if keepalive is None else time.monotonic() + keepalive.seconds
-        if self.overflow:
-            until = time.monotonic() + _OVERFLOW_HEAD_S
+        begun_at = time.monotonic()
         skipped = False
         client = self.client
         # A first request is mostly there already, the next one about to come.
@@ -5936,10 +5943,12 @@ class ClientConnection:
                 skipped = True
             if octets and (skipped or octets != b"\r"):
                 return octets
-            if not soon and not client.has_unread and not self.waiter.idle(until):
-                self._closed("shutdown" if self.worker.control.draining else "idle")
-                self._close_mode = "settle"
-                return b""
+            if not soon and not client.has_unread:
+                at_most = _OVERFLOW_HEAD_S if self.overflow else None if keepalive is None else keepalive.seconds
+                if not self.waiter.idle(None if at_most is None else begun_at + at_most):
+                    self._closed("shutdown" if self.worker.control.draining else "idle")
+                    self._close_mode = "settle"
+                    return b""
             try:
                 more = self.waiter.read_soon(client, _HEAD_READ) if soon else client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:

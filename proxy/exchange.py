@@ -303,8 +303,9 @@ class ClientConnection:
                 record.request_id = prepared.request_id.decode("ascii")
             self._judge(head)
             self._exchange(record, head, prepared)
-        # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
-        self._drop_lease()
+        if self.lease is not None:
+            # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
+            self._drop_lease()
         relay = record.relay
         if relay is not None:
             self._residue = relay.residue
@@ -318,9 +319,7 @@ class ClientConnection:
         """Wait for the next request. Returns: its first octets; b"" if there will be none."""
         octets, self._residue = self._residue, b""
         keepalive = self.settings.keepalive_timeout
-        until = None if keepalive is None else time.monotonic() + keepalive.seconds
-        if self.overflow:
-            until = time.monotonic() + _OVERFLOW_HEAD_S
+        begun_at = time.monotonic()
         skipped = False
         client = self.client
         # A first request is mostly there already, the next one about to come.
@@ -334,10 +333,12 @@ class ClientConnection:
                 skipped = True
             if octets and (skipped or octets != b"\r"):
                 return octets
-            if not soon and not client.has_unread and not self.waiter.idle(until):
-                self._closed("shutdown" if self.worker.control.draining else "idle")
-                self._close_mode = "settle"
-                return b""
+            if not soon and not client.has_unread:
+                at_most = _OVERFLOW_HEAD_S if self.overflow else None if keepalive is None else keepalive.seconds
+                if not self.waiter.idle(None if at_most is None else begun_at + at_most):
+                    self._closed("shutdown" if self.worker.control.draining else "idle")
+                    self._close_mode = "settle"
+                    return b""
             try:
                 more = self.waiter.read_soon(client, _HEAD_READ) if soon else client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:

@@ -93,6 +93,9 @@ def _passing_lines(section: HeaderSection, dropped: frozenset[bytes]) -> list[by
 
 def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRequest:
     """Make, or find again, the field lines of a request for upstream (RFC 9110 §7.6)."""
+    prepared = head.prepared  # the very same head, again
+    if isinstance(prepared, PreparedRequest) and prepared.context is context:
+        return prepared
     section = head.section
     prepared = section.prepared
     hops = max_forwards(head)
@@ -102,6 +105,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         and prepared.context == context
         and prepared.hops == hops
     ):
+        head.prepared = prepared
         return prepared
     known = section.known
     options = section.options
@@ -145,7 +149,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         and b"expect" not in options
         and any(v.lower() == b"100-continue" for v in expect),
     )
-    section.prepared = prepared
+    section.prepared = head.prepared = prepared
     return prepared
 
 
@@ -157,6 +161,9 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
     """Make, or find again, the field lines of a response for the client. ``dechunk`` leaves the chunked coding off,
     for HTTP/1.0.
     """
+    prepared = head.prepared  # the very same head, again
+    if isinstance(prepared, PreparedResponse) and prepared.dechunk is dechunk:
+        return prepared
     section = head.section
     prepared = section.prepared
     bodiless = head.status < 200 or head.status == 204
@@ -166,6 +173,7 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
         and prepared.bodiless is bodiless
         and prepared.minor == head.minor
     ):
+        head.prepared = prepared
         return prepared
     dropped = _SET_ON_RESPONSES | {b"transfer-encoding", b"trailer"} if dechunk else _SET_ON_RESPONSES
     if bodiless:
@@ -180,7 +188,7 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
         lines=b"".join(lines),
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
     )
-    section.prepared = prepared
+    section.prepared = head.prepared = prepared
     return prepared
 
 

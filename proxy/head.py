@@ -146,6 +146,8 @@ class RequestHead:
     minor: int
     section: HeaderSection
     size: int  # octets, the empty line included
+    prepared: object = None  # belongs to ``fields``
+    logged: tuple[str, str] | None = None  # belongs to ``record``: what the records of this head say alike
 
 
 @dataclasses.dataclass(slots=True)
@@ -157,6 +159,7 @@ class ResponseHead:
     minor: int
     section: HeaderSection
     size: int
+    prepared: object = None  # belongs to ``fields``
 
 
 def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:

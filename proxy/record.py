@@ -19,6 +19,7 @@ import types
 import typing
 
 from .aborts import Abort
+from .framing import NO_BODY
 from .head import RequestHead
 from .limits import Bound, Limit
 from .log import EventLog, timestamp
@@ -255,7 +256,8 @@ class Record:
         )
 
     def _complete_line(self) -> str:
-        """The line of ``request.complete``, without the general way through dictionaries.
+        """The line of ``request.complete``, without the general way through dictionaries where nothing is out of the
+        ordinary.
 
         It is written for every small request, and the general way takes three times as long (scripts/bench).
         """
@@ -264,39 +266,44 @@ class Record:
         assert head is not None
         response_head = relay.response_head
         assert response_head is not None
-        if len(head.target) > _LONG_TARGET:
+        first_at, head_at, connected_at = self.first_at, self.head_at, self.connected_at
+        sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
+        if (
+            self.attempts
+            or len(head.target) > _LONG_TARGET
+            or head_at is None
+            or connected_at is None
+            or sent_at is None
+            or first_byte_at is None
+            or end_at is None
+        ):
             return self._log.formatter.line("info", "request.complete", self.fields(None))
-        request, response = relay.request, relay.response
+        if head.logged is None:
+            method = head.method.decode("ascii")  # a token: nothing in it needs escaping
+            target = _quote(mask_secrets(head.target).decode("ascii"))
+            head.logged = (f"{method} {target[1:-1]}", f'"method":"{method}","target":{target}')
+        what, method_and_target = head.logged
+        about, request, response = self.about, relay.request, relay.response
+        request_body = 0 if request.framing is NO_BODY else request.relayed_content()
         response_body = response.relayed_content()
-        first_at = self.first_at
-        end_at = relay.last_byte_at or time.monotonic()
         duration = f"{end_at - first_at:.6f}"
-        method = head.method.decode("ascii")  # a token: nothing in it needs escaping
-        target = _quote(mask_secrets(head.target).decode("ascii"))
         status = response_head.status
         expected_request = head.section.content_length
         expected_response = response_head.section.content_length
-        connected_at, sent_at, first_byte_at = self.connected_at, relay.sent_at, relay.first_byte_at
         return (
             f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":1,'
-            f'"message":"{method} {target[1:-1]} answered {status} in {duration} s: {response_body:,} bytes of content'
-            f' to client {self.about.client_text}","request_id":"{self.request_id}",{self.about.fields_text},'
-            f'"upstream":{_quote(self.upstream) if self.upstream is not None else "null"},'
-            f'"method":"{method}","target":{target},"status":{status},'
+            f'"message":"{what} answered {status} in {duration} s: {response_body:,} bytes of content'
+            f' to client {about.client_text}","request_id":"{self.request_id}",{about.fields_text},'
+            f'"upstream":{_quote(self.upstream or "")},{method_and_target},"status":{status},'
             f'"bytes":{{"client_read":{self.head_read + request.read},"client_written":{response.written},'
             f'"upstream_read":{response.read},"upstream_written":{request.written},'
-            f'"request_body":{request.relayed_content()},"response_body":{response_body}}},'
+            f'"request_body":{request_body},"response_body":{response_body}}},'
             f'"expected":{{"request_body":{"null" if expected_request is None else expected_request},'
             f'"response_body":{"null" if expected_response is None else expected_response}}},'
-            f'"duration_s":{duration},"timing_s":{{"head":{(self.head_at or first_at) - first_at:.6f}'
-            + (f',"connected":{connected_at - first_at:.6f}' if connected_at is not None else "")
-            + (f',"request_sent":{sent_at - first_at:.6f}' if sent_at is not None else "")
-            + (f',"first_byte":{first_byte_at - first_at:.6f}' if first_byte_at is not None else "")
-            + f',"last_byte":{duration}}}{self._attempts_json()}}}\n'
+            f'"duration_s":{duration},"timing_s":{{"head":{head_at - first_at:.6f},'
+            f'"connected":{connected_at - first_at:.6f},"request_sent":{sent_at - first_at:.6f},'
+            f'"first_byte":{first_byte_at - first_at:.6f},"last_byte":{duration}}}}}\n'
         )
-
-    def _attempts_json(self) -> str:
-        return f',"attempts":{json.dumps(self.attempts)}' if self.attempts else ""
 
     def fields(self, abort: Abort | None) -> dict[str, object]:
         """Returns: the fields of the contract, those of an abort included if there is one."""

@@ -20,7 +20,7 @@ from .config import Settings
 from .docker import hijacks, is_message_stream
 from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines
-from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, response_framing
+from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, Octets, response_framing
 from .grammar import MalformedMessage
 from .head import RequestHead, ResponseHead, SectionMemory, check_partial_head, parse_response_head
 from .kernel import POLLRDHUP, SplicePipe
@@ -135,10 +135,12 @@ class Flow:
                 self.last_written_at = now = time.monotonic()
                 if watch is not None:
                     watch.progress(now)
-        start, end, octets = self.start, self.end, self.octets
+        start, end = self.start, self.end
         if start < end:
-            whole = start == 0 and end == len(octets)
-            count = sink.write(octets if whole else memoryview(octets)[start:end], NO_WAIT)
+            octets: Octets | memoryview = self.octets
+            if start or end != len(octets):
+                octets = memoryview(octets)[start:end]
+            count = sink.write(octets, NO_WAIT)
             self.start = start = start + count
             self.written += count
             self.last_written_at = now
@@ -562,7 +564,8 @@ class Relay:
             if request.pending or not request.framing.complete or request.finished:
                 return
             request.finished = True
-            self._release_pipe(request)
+            if request.pipe is not None:
+                self._release_pipe(request)
             if not self.tunnel:
                 self.sent_at = time.monotonic()
             elif self.upstream is not None:
@@ -697,7 +700,7 @@ class Relay:
             self.awaiting_continue = False
             if self.request_head.minor:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
-                self._queue_head(serialize_response(head, prepared, b"", None))
+                self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
                 self._note("upstream", str(status))
                 if not rest:
                     self.first_byte_at = None  # of the final response
@@ -735,29 +738,15 @@ class Relay:
         if self.upstream_read_watch is not None:
             self.upstream_read_watch.start(now)
         self._head_from = response.written
-        self._queue_head(serialize_response(head, prepared, connection, self.request_id))
-        self._take_response_octets(rest, len(rest), appended=True)
+        self._take_response_octets(rest, len(rest), serialize_response(head, prepared, connection, self.request_id))
         self._flush_response(now)
 
-    def _queue_head(self, octets: bytes) -> None:
-        """Put a head on the way, behind an interim one that the client has not taken yet."""
-        response = self.response
-        if response.start < response.end:
-            octets = bytes(response.octets[response.start : response.end]) + octets
-        response.octets = octets
-        response.start = 0
-        response.end = response.fed_from = len(octets)
-        response.pending = True
-
-    def _take_response_octets(self, octets: bytes | bytearray, count: int, *, appended: bool = False) -> None:
-        """Feed the ``count`` octets that upstream sent, and put what belongs to this response on the way.
-
-        ``appended``: behind its head, which is there already.
+    def _take_response_octets(self, octets: Octets, count: int, head: bytes = b"") -> None:
+        """Feed the ``count`` octets of content and framing that upstream sent, and put what belongs to this response
+        on the way, behind ``head``.
         """
         response = self.response
         framing = response.framing
-        if not count:
-            return
         response.mark = framing.mark
         content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
@@ -778,14 +767,16 @@ class Relay:
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
-        if appended:
-            response.octets = bytes(response.octets) + octets[:stop]
-            response.end = len(response.octets)
-        else:
-            response.octets = octets
-            response.start = response.fed_from = 0
-            response.end = stop
-            response.pending = stop > 0
+        if head:
+            if response.start < response.end:  # an interim head that the client has not taken yet
+                head = bytes(response.octets[response.start : response.end]) + head
+            octets = head + octets[:stop]
+            stop = len(octets)
+        response.octets = octets
+        response.start = 0
+        response.end = stop
+        response.fed_from = len(head)
+        response.pending = stop > 0
 
     def _flush_response(self, now: float) -> None:
         """Write what is on the way to the client. Raises: Abort."""
@@ -796,7 +787,8 @@ class Relay:
                 return
             response.finished = True
             self.last_byte_at = time.monotonic()
-            self._release_pipe(response)
+            if response.pipe is not None:
+                self._release_pipe(response)
             if self.tunnel:
                 self.client.end_write()
         except BlockingIOError:
@@ -830,8 +822,7 @@ class Relay:
             self.tunnel_watch.wait(now)
             self._watch(self.tunnel_watch, Side.PROXY, Operation.READ)
         self._head_from = response.written
-        self._queue_head(serialize_response(head, prepared, connection, self.request_id))
-        self._take_response_octets(rest, len(rest), appended=True)
+        self._take_response_octets(rest, len(rest), serialize_response(head, prepared, connection, self.request_id))
         self._flush_response(now)
         if self.residue:
             octets, self.residue = self.residue, b""
