@@ -5564,7 +5564,9 @@ class Record:
         if abort.phase is Phase.REQUEST_BODY:
             length = self.head.section.content_length if self.head is not None else None
             of = f" of {length:,}" if length is not None else ""
-            return f"{counts['request_body']:,}{of} bytes of the request body had reached {upstream} from {client}"
+            unread = _unacknowledged(self.upstream_evidence)
+            sent = f"{counts['request_body']:,}{of} bytes of the request body had gone to {upstream}{unread}"
+            return f"{sent} from {client}"
         if not relay.head_out:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
             answered = counts["upstream_read"]
@@ -5573,7 +5575,14 @@ class Record:
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""
-        return f"{counts['response_body']:,}{of} bytes of the response had reached {client}{doing}"
+        unread = _unacknowledged(self.client_evidence)
+        return f"{counts['response_body']:,}{of} bytes of the response had gone to {client}{unread}{doing}"
+
+
+def _unacknowledged(evidence: dict[str, object] | None) -> str:
+    """Returns: what is to be added where octets were written to a socket and are not known to have arrived."""
+    count = evidence["unacked_bytes"] if evidence is not None else 0
+    return f" ({count:,} bytes unacknowledged)" if isinstance(count, int) and count else ""
 
 
 def _try(make: collections.abc.Callable[[], _Made], default: _Made) -> _Made:

@@ -118,7 +118,9 @@ class Processes:
         prompt: bool = False,
         **more: typing.Any,
     ) -> "subprocess.Popen[str]":
-        """Start a command in a session of its own: Ctrl-C reaches the benchmark alone, which then ends the others.
+        """Start a command in a process group of its own: Ctrl-C reaches the benchmark alone, which then ends the
+        others. All stay in one session, as Linux otherwise shares out the cores between sessions (sched_autogroup),
+        and what a proxy is interrupted by depends on how many programs the benchmark started.
 
         interactive: connect its standard input and output as text. prompt: let it run ahead of everything else, for
         a client that measures delay and hardly uses the processor (without the right to do so it runs as others do).
@@ -131,7 +133,7 @@ class Processes:
             stdout=subprocess.PIPE if interactive else output,
             stderr=errors,
             text=True,
-            start_new_session=True,
+            process_group=0,
             **more,
         )
         self._running.append(process)
