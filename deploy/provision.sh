@@ -13,7 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly root
 readonly proxy_config=/etc/abort-proxy/config.toml
 # Versions it was tried with; another one is only mentioned, as a distribution offers no choice.
-readonly packages=(docker.io=20.10.24 docker-registry=2.8.2 apparmor=3.0.8 busybox-static=1.35.0 curl=7.88.1
+readonly packages=(docker.io=20.10.24 docker-registry=2.8.2 apparmor=3.0.8 busybox-static=1.35.0
     iproute2=6.1.0 iptables=1.8.9)
 # An emulated machine, or one that does much else, takes its time.
 readonly patience_s=120
@@ -118,6 +118,7 @@ make_proxy() {
     [ "$said" = "install: nothing to do: all is in place" ] || changed=yes
 }
 
+fetch() { python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10).read()' "$1"; }
 # answers WHAT COMMAND...: wait for it.
 answers() {
     local what=$1
@@ -130,10 +131,10 @@ answers() {
 
 wait_until_up() {
     until_s=$((SECONDS + patience_s))
-    answers "the proxy" curl --silent --show-error --fail --max-time 10 http://127.0.0.1:2375/version
+    answers "the proxy" fetch http://127.0.0.1:2375/version
     # A link that somebody made slow or dead is no failure.
     [ "$(registry-link)" != good ] ||
-        answers "the registry" curl --silent --show-error --fail --max-time 10 http://registry.test:5000/v2/
+        answers "the registry" fetch http://registry.test:5000/v2/
 }
 
 case $* in
