@@ -49,7 +49,7 @@ server.serve_forever()
 """
 _UNITS = {
     "docker": "[Service]\nExecStart=/usr/bin/dockerd\nExecReload=/bin/sh -c 'echo reload >>/run/reloads'\n",
-    "docker-registry": f"[Service]\nUser=docker-registry\nExecStart={_REGISTRY} serve /etc/docker/registry/config.yml\n",
+    "docker-registry": f"[Service]\nUser=docker-registry\nExecStart={_REGISTRY} serve /etc/docker/none.yml\n",
 }
 # How long it took to send so many octets to the registry, or why it could not.
 _UPLOAD = """
