@@ -733,7 +733,7 @@ class ClientConnection:
             return
         framed_by_end = relay.response.framing.ends_with_connection or relay.response.dechunk
         if relay.between_lines():
-            message = record.sentence(abort, time.monotonic()) + f" (request id {record.request_id})"
+            message = record.sentence(abort) + f" (request id {record.request_id})"
             line = error_line(message)
             if relay.response.framing.ends_with_connection or relay.response.dechunk:
                 record.answered_bytes += self._write_out(line)
@@ -742,7 +742,7 @@ class ClientConnection:
         self._close_mode = "reset" if framed_by_end else "cut"
 
     def _answer(self, record: Record, abort: Abort, status: int) -> None:
-        message = record.sentence(abort, time.monotonic()) + f" (request id {record.request_id})"
+        message = record.sentence(abort) + f" (request id {record.request_id})"
         head_only = record.head is not None and record.head.method == b"HEAD"
         octets = error_response(
             abort, status, message, self.settings.proxy_name, record.request_id, head_only=head_only

@@ -126,6 +126,7 @@ class Record:
         "relay",
         "request_id",
         "request_line",
+        "told_at",
         "upstream",
         "upstream_evidence",
     )
@@ -159,6 +160,7 @@ class Record:
         self.upstream: str | None = None
         self.abort: Abort | None = None
         self.answered: int | None = None  # the status of the proxy's own response
+        self.told_at: float | None = None  # when the sentence was first made: client and log are told the same
         self.answered_bytes = 0  # written by the proxy itself, its own response or last line
         self.attempts: list[dict[str, object]] = []
         self.client_evidence: dict[str, object] | None = None
@@ -347,7 +349,7 @@ class Record:
             fields["attempts"] = self.attempts
         if abort is not None:
             fields |= self._abort_fields(abort, now)
-            fields["message"] = self.sentence(abort, now)
+            fields["message"] = self.sentence(abort)
         elif relay is not None and relay.response_head is not None:
             content = relay.response.relayed_content()
             what = f"{method} {target}"[:300]
@@ -390,7 +392,7 @@ class Record:
                 "events": [],
             }
             fields |= _try(lambda: self._abort_fields(abort, now), least)
-            fields["message"] = _try(lambda: self.sentence(abort, now), f"{fields['message']}: {abort.cause}")
+            fields["message"] = _try(lambda: self.sentence(abort), f"{fields['message']}: {abort.cause}")
         else:
             nothing: dict[str, object] = {}
             fields |= _try(lambda: self.fields(None), nothing)
@@ -440,13 +442,15 @@ class Record:
             stalled["client_write"] = round(now - (relay.response.last_written_at or began), 6)
         return stalled
 
-    def sentence(self, abort: Abort, now: float) -> str:
+    def sentence(self, abort: Abort) -> str:
         """Returns: one plain sentence a person can act on: side, cause, limit with value and source, bytes."""
         method, target = self.method_and_target()
         what = f"{method} {target}" if method is not None else "a request"
         if len(what) > 300:
             what = what[:300] + "..."
-        duration_s = now - self.first_at
+        if self.told_at is None:
+            self.told_at = time.monotonic()
+        duration_s = self.told_at - self.first_at
         counts = self.bytes()
         client, upstream = f"client {self.about.client}", f"upstream {self.upstream or self._upstream_setting()}"
         who = {Side.CLIENT: client, Side.UPSTREAM: upstream, Side.PROXY: "the proxy"}[abort.side]

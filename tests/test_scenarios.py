@@ -980,7 +980,7 @@ def _check_seen(row: Row, record: harness.LogRecord, seen: Seen) -> None:
         assert last.get("content-type") == b"application/json"
         assert last.get("connection") == b"close"
         message = json.loads(last.body)["message"]
-        assert record["request_id"] in message
+        assert message == f"{record['message']} (request id {record['request_id']})"
         proxy_status = last.get("proxy-status")
         assert proxy_status is not None
         if record["error_type"]:
