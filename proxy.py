@@ -3118,10 +3118,11 @@ WRITABLE = select.POLLOUT
 # For reads and writes that must not wait.
 NO_WAIT = socket.MSG_DONTWAIT
 
-# How long a read may wait inside the kernel for a peer that answers at once. It must be less than anybody minds: during
-# it only that one socket is watched.
-PATIENCE_S = 0.02
-_PATIENCE = struct.pack("ll", 0, int(PATIENCE_S * 1_000_000))  # struct timeval
+# How long a read may wait inside the kernel for a peer that speaks soon. It must be less than anybody minds, as only
+# that one socket is watched meanwhile: while an answer is awaited its client may leave; between two requests nothing
+# can happen but the end of the worker.
+ANSWER_PATIENCE_S = 0.02
+IDLE_PATIENCE_S = 0.1
 
 # Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take
 # it, and ciphertext read at once.
@@ -3143,7 +3144,7 @@ class Endpoint:
         "fd",
         "has_unread",
         "name",
-        "patient",
+        "patience_s",
         "pulse",
         "read",
         "read_event",
@@ -3169,21 +3170,21 @@ class Endpoint:
         self.has_unread = False  # octets that poll does not see
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
-        self.patient = False  # whether a read without NO_WAIT waits for PATIENCE_S at most
+        self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
         self.pulse = pulse
 
-    def become_patient(self) -> None:
-        """Let reads without ``NO_WAIT`` wait for ``PATIENCE_S``."""
-        if not self.sock.getblocking():
-            return
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
-        self.patient = True
+    def become_patient(self, seconds: float) -> None:
+        """Let reads without ``NO_WAIT`` wait for so long, less than a second."""
+        if self.sock.getblocking():
+            timeval = struct.pack("ll", 0, int(seconds * 1_000_000))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            self.patience_s = seconds
 
     def prepare_splice(self) -> None:
         """Splicing takes no NO_WAIT: the socket itself must not wait."""
         if self.sock.getblocking():
             self.sock.setblocking(False)
-            self.patient = False
+            self.patience_s = 0.0
 
     def end_write(self) -> None:
         """Tell the peer that nothing more comes. Raises: OSError."""
@@ -3676,7 +3677,7 @@ class _LeasedConnection:
         else:
             self.sock.setblocking(True)
             endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, pulse)
-            endpoint.become_patient()
+            endpoint.become_patient(ANSWER_PATIENCE_S)
         self.endpoint = endpoint
         self.memory = SectionMemory()
         self._probe = select.poll()
@@ -4001,13 +4002,13 @@ class Waiter:
 
         That takes one system call where waiting and reading take two, which is what a peer that answers at once is
         worth; meanwhile nothing else is watched, and no limit may run out.
-        Raises: BlockingIOError if nothing came in ``PATIENCE_S``: wait, then; OSError; Abort.
+        Raises: BlockingIOError if nothing came in the endpoint's ``patience_s``: wait, then; OSError; Abort.
         """
-        if not endpoint.patient or self.drain_seen or self.killed:
+        if not endpoint.patience_s or self.drain_seen or self.killed:
             return endpoint.read(size, NO_WAIT)
         if self.watches:
             now = time.monotonic()
-            if self._check_watches(now) < now + PATIENCE_S:
+            if self._check_watches(now) < now + endpoint.patience_s:
                 return endpoint.read(size, NO_WAIT)
         return endpoint.read(size, 0)
 
@@ -4453,7 +4454,7 @@ class Relay:
         allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
         self._flush_request(now)
-        if request.finished and upstream.patient:
+        if request.finished and upstream.patience_s:
             # Most answers come at once, whole, and fit into one read.
             self._read_upstream(now, soon=True)
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
@@ -5946,9 +5947,9 @@ class ClientConnection:
         skipped = False
         client = self.client
         # A first request is mostly there already, the next one about to come.
-        soon = not client.has_unread and (keepalive is None or keepalive.seconds > PATIENCE_S)
+        soon = not client.has_unread and (keepalive is None or keepalive.seconds > IDLE_PATIENCE_S)
         if soon and self.served == 1:
-            client.become_patient()
+            client.become_patient(IDLE_PATIENCE_S)
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).
             if not skipped and octets[:2] == b"\r\n":

@@ -21,10 +21,11 @@ WRITABLE = select.POLLOUT
 # For reads and writes that must not wait.
 NO_WAIT = socket.MSG_DONTWAIT
 
-# How long a read may wait inside the kernel for a peer that answers at once. It must be less than anybody minds: during
-# it only that one socket is watched.
-PATIENCE_S = 0.02
-_PATIENCE = struct.pack("ll", 0, int(PATIENCE_S * 1_000_000))  # struct timeval
+# How long a read may wait inside the kernel for a peer that speaks soon. It must be less than anybody minds, as only
+# that one socket is watched meanwhile: while an answer is awaited its client may leave; between two requests nothing
+# can happen but the end of the worker.
+ANSWER_PATIENCE_S = 0.02
+IDLE_PATIENCE_S = 0.1
 
 # Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take
 # it, and ciphertext read at once.
@@ -46,7 +47,7 @@ class Endpoint:
         "fd",
         "has_unread",
         "name",
-        "patient",
+        "patience_s",
         "pulse",
         "read",
         "read_event",
@@ -72,21 +73,21 @@ class Endpoint:
         self.has_unread = False  # octets that poll does not see
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
-        self.patient = False  # whether a read without NO_WAIT waits for PATIENCE_S at most
+        self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
         self.pulse = pulse
 
-    def become_patient(self) -> None:
-        """Let reads without ``NO_WAIT`` wait for ``PATIENCE_S``."""
-        if not self.sock.getblocking():
-            return
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _PATIENCE)
-        self.patient = True
+    def become_patient(self, seconds: float) -> None:
+        """Let reads without ``NO_WAIT`` wait for so long, less than a second."""
+        if self.sock.getblocking():
+            timeval = struct.pack("ll", 0, int(seconds * 1_000_000))
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            self.patience_s = seconds
 
     def prepare_splice(self) -> None:
         """Splicing takes no NO_WAIT: the socket itself must not wait."""
         if self.sock.getblocking():
             self.sock.setblocking(False)
-            self.patient = False
+            self.patience_s = 0.0
 
     def end_write(self) -> None:
         """Tell the peer that nothing more comes. Raises: OSError."""

@@ -18,7 +18,7 @@ import time
 from .aborts import Abort, classify, malformed_request, socket_abort
 from .config import Settings, UnixAddress
 from .docker import error_line
-from .endpoint import NO_WAIT, PATIENCE_S, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
+from .endpoint import IDLE_PATIENCE_S, NO_WAIT, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .fields import ForwardingContext, PreparedRequest, max_forwards, prepare_request, serialize_request
 from .framing import request_framing
 from .grammar import REQUEST_LINE, MalformedMessage
@@ -323,9 +323,9 @@ class ClientConnection:
         skipped = False
         client = self.client
         # A first request is mostly there already, the next one about to come.
-        soon = not client.has_unread and (keepalive is None or keepalive.seconds > PATIENCE_S)
+        soon = not client.has_unread and (keepalive is None or keepalive.seconds > IDLE_PATIENCE_S)
         if soon and self.served == 1:
-            client.become_patient()
+            client.become_patient(IDLE_PATIENCE_S)
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).
             if not skipped and octets[:2] == b"\r\n":

@@ -321,7 +321,7 @@ class Relay:
         allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
         self._flush_request(now)
-        if request.finished and upstream.patient:
+        if request.finished and upstream.patience_s:
             # Most answers come at once, whole, and fit into one read.
             self._read_upstream(now, soon=True)
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):

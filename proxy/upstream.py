@@ -21,7 +21,7 @@ import urllib3.connectionpool
 
 from .aborts import socket_abort
 from .config import Settings, UpstreamUrl
-from .endpoint import WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
+from .endpoint import ANSWER_PATIENCE_S, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .head import SectionMemory
 from .kernel import PeerPulse, prepare_socket
 from .tls import UpstreamContext
@@ -104,7 +104,7 @@ class _LeasedConnection:
         else:
             self.sock.setblocking(True)
             endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, pulse)
-            endpoint.become_patient()
+            endpoint.become_patient(ANSWER_PATIENCE_S)
         self.endpoint = endpoint
         self.memory = SectionMemory()
         self._probe = select.poll()

@@ -10,7 +10,7 @@ import select
 import time
 
 from .aborts import Abort
-from .endpoint import NO_WAIT, PATIENCE_S, READABLE, AnyEndpoint
+from .endpoint import NO_WAIT, READABLE, AnyEndpoint
 from .kernel import POLLRDHUP, acknowledged_progress
 from .limits import Limit, Watch
 from .vocabulary import Cause, Operation, Phase, Side
@@ -139,13 +139,13 @@ class Waiter:
 
         That takes one system call where waiting and reading take two, which is what a peer that answers at once is
         worth; meanwhile nothing else is watched, and no limit may run out.
-        Raises: BlockingIOError if nothing came in ``PATIENCE_S``: wait, then; OSError; Abort.
+        Raises: BlockingIOError if nothing came in the endpoint's ``patience_s``: wait, then; OSError; Abort.
         """
-        if not endpoint.patient or self.drain_seen or self.killed:
+        if not endpoint.patience_s or self.drain_seen or self.killed:
             return endpoint.read(size, NO_WAIT)
         if self.watches:
             now = time.monotonic()
-            if self._check_watches(now) < now + PATIENCE_S:
+            if self._check_watches(now) < now + endpoint.patience_s:
                 return endpoint.read(size, NO_WAIT)
         return endpoint.read(size, 0)
 
