@@ -600,6 +600,17 @@ class Upstream:
             )
             return self.wires[index]
 
+    def await_head(self, timeout_s: float = PATIENCE_S) -> None:
+        """Wait until a head has come whole, and leave out connections on which nothing came: one that was given up
+        while it was made may be accepted as late as now.
+        """
+        until = time.monotonic() + timeout_s
+        while not any(b"\r\n\r\n" in wire.received.octets for wire in self.wires):
+            assert time.monotonic() < until, f"no head came on {len(self.wires)} connections"
+            time.sleep(0.005)
+        with self._lock:
+            self.wires[:] = [wire for wire in self.wires if wire.received.count]
+
     def settle(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait until every script has ended."""
         with self._lock:

@@ -220,8 +220,7 @@ def leave(octets: bytes, how: str, after: str = "sent") -> ClientScript:
     def script(wire: Wire, stage: Stage) -> Seen:
         wire.send(octets)
         if after == "seen":
-            upstream = stage.upstream.wire()
-            harness.wait_until(lambda: b"\r\n\r\n" in upstream.received.octets, what="a head at upstream")
+            stage.upstream.await_head()
         elif after in ("head", "body"):
             wire.read_head()
             if after == "body":
