@@ -206,9 +206,13 @@ class Dockerd(_Process):
         self.unix = Address(str(self.directory / "docker.sock"))
         self.tcp = Address(None, "127.0.0.1", free_port())
         self.cgroup = self.directory.name
+        # With --bridge=none dockerd deletes docker0, from under the machine's own daemon if there is one.
+        self.bridge = self.directory.name if os.path.exists("/sys/class/net/docker0") else "none"
 
     def __enter__(self) -> typing.Self:
         (self.directory / "daemon.json").write_text("{}")
+        if self.bridge != "none":
+            subprocess.run(["ip", "link", "add", self.bridge, "type", "bridge"], check=True)
         namespaces = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--mount-proc", "--kill-child"]
         enter = ["sh", "-c", _ENTER, "sh"]
         daemon = [
@@ -217,8 +221,9 @@ class Dockerd(_Process):
             *("-H", self.tcp.docker_host, "-H", self.unix.docker_host),
             *("--data-root", str(self.directory / "data"), "--exec-root", str(self.directory / "exec")),
             *("--pidfile", str(self.directory / "pid"), "--cgroup-parent", f"/{self.cgroup}"),
-            *("--iptables=false", "--ip6tables=false", "--bridge=none", "--ip-forward=false", "--ip-masq=false"),
-            "--userland-proxy=false",
+            *("--exec-opt", "native.cgroupdriver=cgroupfs"),  # systemd's, where it runs, takes no such parent
+            *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
+            *("--userland-proxy=false", "--bridge", self.bridge),
         ]
         try:
             self._start(namespaces + enter + daemon)
@@ -251,6 +256,8 @@ class Dockerd(_Process):
         for root in [*hierarchies.glob(f"*/{self.cgroup}"), hierarchies / self.cgroup]:
             for directory, _, _ in os.walk(root, topdown=False):
                 os.rmdir(directory)
+        if self.bridge != "none":
+            subprocess.run(["ip", "link", "delete", self.bridge], check=True)
         shutil.rmtree(self.directory)
 
 
