@@ -3034,9 +3034,7 @@ def malformed_response(error: MalformedMessage, phase: Phase, bounds: dict[str, 
     )
 
 
-_GONE = (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
 _ALL_PHASES = tuple(Phase)
-_BEFORE_ANSWER = (Phase.CONNECT, Phase.TLS_HANDSHAKE, Phase.REQUEST_BODY, Phase.RESPONSE_HEAD)
 
 _Row = tuple[Side, tuple[Phase, ...], tuple[Cause, ...], int | None, str | None]
 
@@ -3045,7 +3043,11 @@ _Row = tuple[Side, tuple[Phase, ...], tuple[Cause, ...], int | None, str | None]
 # status.
 _ROWS: tuple[_Row, ...] = (
     # The client is gone or cannot be talked to: nobody is left to answer.
-    (Side.CLIENT, _ALL_PHASES, _GONE, None, None),
+    (Side.CLIENT, _ALL_PHASES, (Cause.RESET, Cause.DEAD_PEER), None, None),
+    # In a tunnel an end is a half-close and no abort. While upstream is connected nothing is read, so an end without
+    # close_notify looks like any other.
+    (Side.CLIENT, tuple(phase for phase in Phase if phase is not Phase.TUNNEL), (Cause.CLOSED,), None, None),
+    (Side.CLIENT, tuple(phase for phase in Phase if phase is not Phase.CONNECT), (Cause.TLS,), None, None),
     (Side.CLIENT, (Phase.TLS_HANDSHAKE,), (Cause.TIMEOUT, Cause.PROTOCOL), None, None),
     (Side.CLIENT, (Phase.RESPONSE_BODY, Phase.RESPONSE_HEAD), (Cause.TIMEOUT,), None, None),
     (Side.CLIENT, (Phase.RESPONSE_BODY,), (Cause.DEADLINE,), None, None),
@@ -3063,8 +3065,10 @@ _ROWS: tuple[_Row, ...] = (
     (Side.UPSTREAM, (Phase.CONNECT,), (Cause.DNS,), 502, "dns_error"),
     (Side.UPSTREAM, (Phase.CONNECT,), (Cause.REFUSED,), 502, "connection_refused"),
     (Side.UPSTREAM, (Phase.CONNECT,), (Cause.UNREACHABLE,), 502, "destination_ip_unroutable"),
-    (Side.UPSTREAM, (Phase.CONNECT, Phase.TLS_HANDSHAKE), (Cause.CLOSED, Cause.RESET), 502, "connection_terminated"),
-    (Side.UPSTREAM, _BEFORE_ANSWER, (Cause.TLS,), 502, "tls_protocol_error"),
+    (Side.UPSTREAM, (Phase.CONNECT, Phase.TLS_HANDSHAKE), (Cause.RESET,), 502, "connection_terminated"),
+    # The end of the connection in the middle of a handshake is an error of TLS, too.
+    (Side.UPSTREAM, (Phase.TLS_HANDSHAKE, Phase.REQUEST_BODY), (Cause.TLS,), 502, "tls_protocol_error"),
+    (Side.UPSTREAM, (Phase.RESPONSE_HEAD,), (Cause.TLS,), 502, "tls_protocol_error"),
     # Sending it the request.
     (Side.UPSTREAM, (Phase.REQUEST_BODY,), (Cause.TIMEOUT, Cause.DEADLINE), 504, "connection_write_timeout"),
     (Side.UPSTREAM, (Phase.REQUEST_BODY,), (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER), 502, "connection_terminated"),
@@ -3082,7 +3086,6 @@ _ROWS: tuple[_Row, ...] = (
     (Side.UPSTREAM, (Phase.RESPONSE_BODY,), (Cause.PROTOCOL,), 502, "http_response_transfer_coding"),
     (Side.UPSTREAM, (Phase.RESPONSE_BODY,), (Cause.LIMIT,), 502, "http_response_trailer_section_size"),
     (Side.UPSTREAM, (Phase.RESPONSE_BODY, Phase.TUNNEL), (Cause.TLS,), 502, "tls_protocol_error"),
-    (Side.UPSTREAM, (Phase.TUNNEL,), (Cause.CLOSED,), 502, "connection_terminated"),
     # The proxy's own doing.
     (Side.PROXY, (Phase.TUNNEL,), (Cause.TIMEOUT,), None, "connection_read_timeout"),
     (Side.PROXY, (Phase.REQUEST_HEAD,), (Cause.LIMIT,), 503, "connection_limit_reached"),
@@ -4362,6 +4365,8 @@ class Relay:
         """Returns: the phase in which a failure of that socket and operation falls."""
         if self.tunnel:
             return Phase.TUNNEL
+        if self.upstream is None:
+            return Phase.CONNECT
         uploading = not self.request.finished and self.request.framing is not NO_BODY
         if uploading and ((side is Side.CLIENT) is (operation is Operation.READ)) and side is not Side.PROXY:
             return Phase.REQUEST_BODY

@@ -229,6 +229,8 @@ class Relay:
         """Returns: the phase in which a failure of that socket and operation falls."""
         if self.tunnel:
             return Phase.TUNNEL
+        if self.upstream is None:
+            return Phase.CONNECT
         uploading = not self.request.finished and self.request.framing is not NO_BODY
         if uploading and ((side is Side.CLIENT) is (operation is Operation.READ)) and side is not Side.PROXY:
             return Phase.REQUEST_BODY

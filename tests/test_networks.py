@@ -147,6 +147,28 @@ def test_a_client_that_vanishes_in_a_tunnel(network: netns.Network) -> None:
         _check_dead(record, "client")
 
 
+def test_a_client_that_vanishes_in_its_head(network: netns.Network) -> None:
+    with _scene(network, peers.silent, *DEAD, "--client-head-timeout", "60", far="client") as scene:
+        scene.wire.send(b"GET / HTTP/1.1\r\nHo")
+        time.sleep(0.2)  # nothing tells that the octets have come
+        network.drop()
+        record = scene.abort(FOUND_S)
+        assert _words(record) == ("request.abort", "client", "request_head", "dead_peer")
+        _check_dead(record, "client")
+
+
+def test_an_upstream_that_vanishes_in_a_tunnel(network: netns.Network) -> None:
+    with _scene(network, peers.upgrade(), *DEAD, far="upstream") as scene:
+        scene.wire.get(extra=UPGRADE)
+        scene.wire.read_head()
+        scene.wire.send(b"hello")
+        assert scene.wire.read_exactly(5) == b"hello"
+        network.drop()
+        record = scene.abort(FOUND_S)
+        assert _words(record) == ("request.abort", "upstream", "tunnel", "dead_peer")
+        _check_dead(record, "upstream")
+
+
 def test_an_upstream_that_vanishes_before_its_answer(network: netns.Network) -> None:
     with _scene(network, peers.silent, *DEAD, far="upstream") as scene:
         scene.wire.get()

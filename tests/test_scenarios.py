@@ -336,8 +336,8 @@ def tunnel(head: bytes, octets: bytes, how: str = "fin") -> ClientScript:
         if how == "reset":
             wire.reset()
             return None
-        if how == "fin":
-            wire.end_write()
+        if how in ("fin", "cut"):
+            (wire.end_write if how == "fin" else wire.cut_write)()
         wire.await_end()
         return None
 
@@ -460,11 +460,18 @@ def upgrade_and(what: str) -> peers.Script:
         if what == "reset":
             time.sleep(0.05)  # a reset overtakes data that was not read yet
             wire.reset()
-        elif what == "fin":
-            wire.end_write()
+        else:
+            (wire.end_write if what == "fin" else wire.cut_write)()
             wire.await_end()
 
     return script
+
+
+def cut_after_head(wire: Wire) -> None:
+    """Read a head, and end without close_notify."""
+    wire.read_head()
+    wire.cut_write()
+    wire.await_end()
 
 
 def raw_stream(wire: Wire) -> None:
@@ -698,6 +705,7 @@ BY_CLIENT = [
                 cause="timeout", status=408, limit="client_head_timeout", whole=True),
     client_head("a deadline in the head", drip_until_end(b"GET / HTTP/1.1\r\nX: ", b"y", 0.03), options=("--client-read-deadline", T),
                 cause="deadline", status=408, limit="client_read_deadline", whole=True),
+    client_head("a FIN without close_notify in the head", leave(get()[:-2], "cut"), cause="tls", over=(TLS_CLIENT,)),
     client_body("a FIN in the body", leave(post(b"abc", length=10), "fin", "seen"), peers.silent, cause="closed", exact=("client_read",)),
     client_body("a FIN in a chunk", leave(post_chunked(b"abc", end=b"5\r\nab"), "fin", "seen"), peers.silent, cause="closed",
                 exact=("client_read",)),
@@ -737,6 +745,19 @@ BY_CLIENT = [
           cause="reset", status=200, over=RESETS, within_s=2.0),
     abort("a reset in a chunked stream", leave(get(), "reset", "body"), drip_chunks(0.05), side="client", phase="response_body",
           cause="reset", status=200, over=RESETS, within_s=2.0),
+    abort("a FIN without close_notify in the response", leave(get(), "cut", "body"), peers.answer_and_wait(LONG + b"abcd"),
+          side="client", phase="response_body", cause="tls", status=200, over=(TLS_CLIENT,), body=(0, 4), within_s=2.0),
+    # Under TLS a close_notify without a FIN is not seen before the next read, which is after the connect.
+    abort("a FIN while upstream is connected", leave(get(), "fin"), unused, side="client", phase="connect", cause="closed",
+          url=full_url, reached=False, over=(PLAIN,), within_s=2.0),
+    abort("a reset while upstream is connected", leave(get(), "reset"), unused, side="client", phase="connect", cause="reset",
+          status=None, url=full_url, reached=False, over=(PLAIN,), within_s=2.0),
+    abort("a deadline while upstream is connected", request(get()), unused, ("--client-write-deadline", T), side="client",
+          phase="connect", cause="deadline", limit="client_write_deadline", status=504, whole=True, url=full_url, reached=False,
+          over=(PLAIN, TLS_CLIENT)),
+    abort("a reader that stops in interim answers", stop_reading(get()), peers.flood(b"", b"HTTP/1.1 103 \r\nX: %s\r\n\r\n" % (b"y" * 2000)),
+          ("--client-write-timeout", T), side="client", phase="response_head", operation="write", cause="timeout",
+          limit="client_write_timeout", status=None, receive_buffer=8192, within_s=20.0),
     client_stuck("a reader that stops", stop_reading(get()), peers.flood(LONG), ("--client-write-timeout", T), cause="timeout",
                  limit="client_write_timeout", receive_buffer=8192, within_s=10.0),
     client_stuck("a reader that stops in a chunked stream", stop_reading(get()), peers.flood(CHUNKED, chunk(bytes(65536))),
@@ -747,6 +768,8 @@ BY_CLIENT = [
                  limit="client_write_deadline", exact=("upstream_read",)),
     abort("a deadline while the answer is awaited", request(get()), peers.silent, ("--client-write-deadline", T), side="client",
           phase="response_head", operation="write", cause="deadline", limit="client_write_deadline", whole=True),
+    abort("a FIN without close_notify in a tunnel", tunnel(get(extra=UPGRADE), b"hello", "cut"), peers.upgrade(), side="client",
+          phase="tunnel", cause="tls", status=101, body=(5, 5), over=(TLS_CLIENT,)),
     abort("a reset in a tunnel", tunnel(get(extra=UPGRADE), b"hello", "reset"), peers.upgrade(), side="client", phase="tunnel",
           cause="reset", status=101, body=(5, 5), over=RESETS, exact=("client_read", "client_written")),
 ]  # fmt: skip
@@ -787,6 +810,9 @@ BY_UPSTREAM = [
           cause="reset", status=502, whole=True, over=RESETS),
     abort("upstream closes in the request", request(post(b"x" * 5000, length=10_000)), peers.close_at_once, side="upstream",
           status=502, whole=True),
+    abort("upstream cuts TLS in the request", request(post(b"x" * 5000, length=10_000)), cut_after_head, side="upstream",
+          phase="request_body", cause="tls", status=502, whole=True, over=(TLS_UPSTREAM,)),
+    at_head("upstream cuts TLS without an answer", request(get()), cut_after_head, cause="tls", over=(TLS_UPSTREAM,)),
     at_head("upstream closes without an answer", request(post()), answer_and_close(b""), cause="closed", exact=("client_read",
             "upstream_written")),
     at_head("upstream resets without an answer", request(post()), peers.answer_and_reset(b""), cause="reset", over=RESETS),
@@ -824,6 +850,9 @@ BY_UPSTREAM = [
             over=RESETS, client_end=("reset",)),
     in_body("no chunk size in an answer", request(get()), in_two(CHUNKED + chunk(b"abc"), b"xyz\r\n"), cause="protocol",
             body=(0, 3)),
+    in_body("a trailer section too large in an answer", request(get()),
+            in_two(CHUNKED + chunk(b"abc"), b"0\r\n" + b"X: %s\r\n" % (b"y" * 1000) * 90 + b"\r\n"), cause="limit", limit="max_head_size",
+            body=(0, 3)),
     in_body("upstream falls silent in a length", request(get()), send_then_stall(LONG + BODY), ("--upstream-read-timeout", T),
             cause="timeout", limit="upstream_read_timeout", exact=("upstream_read",), body=(0, 1024)),
     in_body("upstream falls silent in chunks", request(get()), send_then_stall(CHUNKED + chunk(BODY)), ("--upstream-read-timeout", T),
@@ -835,6 +864,8 @@ BY_UPSTREAM = [
             limit="upstream_read_deadline"),
     abort("upstream resets in a tunnel", tunnel(get(extra=UPGRADE), b"hello", ""), upgrade_and("reset"), side="upstream",
           phase="tunnel", cause="reset", status=101, body=(5, 5), over=RESETS),
+    abort("upstream cuts TLS in a tunnel", tunnel(get(extra=UPGRADE), b"hello", ""), upgrade_and("cut"), side="upstream",
+          phase="tunnel", cause="tls", status=101, body=(5, 5), over=(TLS_UPSTREAM,)),
     abort("a silent tunnel", tunnel(get(extra=UPGRADE), b"hello", ""), peers.upgrade(), ("--tunnel-timeout", T), side="proxy",
           phase="tunnel", cause="timeout", status=101, limit="tunnel_timeout", body=(5, 5),
           exact=("client_read", "client_written", "upstream_read", "upstream_written")),
@@ -1073,6 +1104,45 @@ def test_a_request_that_is_not_idempotent_is_never_repeated(stage: Stage) -> Non
     assert record["cause"] in ("closed", "reset")
     assert len(upstream.wires) == 1
     upstream.forget()
+
+
+@pytest.mark.parametrize(
+    ("phase", "sent", "upstream_does"),
+    [
+        ("connect", get(), None),
+        ("request_body", post(b"abc", length=10), peers.silent),
+        ("response_head", get(), peers.silent),
+        ("tunnel", get(extra=UPGRADE), peers.upgrade()),
+    ],
+)
+def test_shutdown_ends_what_is_left_in_any_phase(phase: str, sent: bytes, upstream_does: peers.Script | None) -> None:
+    with contextlib.ExitStack() as stack:
+        if upstream_does is None:
+            url = stack.enter_context(full_url())
+        else:
+            upstream = stack.enter_context(Upstream(upstream_does))
+            url = upstream.url
+        proxy = stack.enter_context(harness.ProxyProcess(url, "--drain-timeout", "0.1"))
+        wire = stack.enter_context(peers.connect(proxy.address))
+        wire.send(sent)
+        if phase == "tunnel":
+            wire.read_head()
+        elif upstream_does is not None:
+            upstream.await_head()
+        else:
+
+            def is_running() -> bool:
+                proxy.send_signal(signal.SIGUSR2)
+                return any(record["event"] == "request.inflight" for record in proxy.records())
+
+            harness.wait_until(is_running)
+        proxy.send_signal(signal.SIGTERM)
+        wire.await_end()
+        proxy.await_stop()
+        (record,) = proxy.requests()
+    harness.check_record(record)
+    assert (record["event"], record["side"], record["phase"]) == ("request.abort", "proxy", phase)
+    assert record["cause"] == "shutdown"
 
 
 @pytest.mark.parametrize("over", [PLAIN, TLS_CLIENT], ids="-".join)
