@@ -4,6 +4,7 @@ import collections.abc
 import contextlib
 import resource
 import select
+import signal
 import socket
 import time
 
@@ -206,15 +207,28 @@ def test_without_descriptors_requests_fail_for_a_resource_and_it_recovers(upstre
                 wire.await_end()
 
             upstream.script = hold
-            wires = [stack.enter_context(connect(proxy.address, patience_s=5)) for _ in range(40)]
+            # All accepted before the first of them asks: otherwise each could find what it needs, and the next one
+            # would not be accepted.
+            wires = [stack.enter_context(connect(proxy.address, patience_s=5)) for _ in range(26)]
             for wire in wires:
-                wire.get("/held")
+                wire.send(b"GET /held HTTP/1.1\r\n")
+
+            def all_accepted() -> bool:
+                proxy.send_signal(signal.SIGUSR2)
+                shown = [record for record in proxy.records() if record["event"] == "server.inflight"]
+                return bool(shown) and shown[-1]["requests"] == len(wires)
+
+            wait_until(all_accepted)
+            for wire in wires:
+                wire.send(b"Host: test\r\n\r\n")
             aborted = proxy.wait_for(lambda record: record["event"] == "request.abort")
             harness.check_record(aborted)
             assert (aborted["side"], aborted["cause"], aborted["phase"]) == ("proxy", "resource", "connect")
             assert aborted["status"] == 503
             assert aborted["exception"]["errno"] == "EMFILE"
+            more = [stack.enter_context(connect(proxy.address, patience_s=5)) for _ in range(40)]
             proxy.wait_for(lambda record: record["event"] == "server.resource")
+            assert len(more) == 40
         upstream.script = answer_all(ok(b"fine"))
 
         def served() -> bool:
