@@ -7208,6 +7208,8 @@ class Supervisor:
         self.restart_at[index] = time.monotonic() + pause_s
 
     def _report(self, began_at: float) -> int:
+        for listener in self.listeners:
+            listener.close()
         counts = {name: self.counts.total(i) for i, name in enumerate(Tally.NAMES)}
         ended = counts["complete"] + counts["reject"] + counts["abort"]
         balanced = counts["begun"] == ended
