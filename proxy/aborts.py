@@ -89,6 +89,8 @@ def classify(error: BaseException, operation: Operation | None = None) -> Cause:
             return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.DEAD_PEER
         if error.errno in _RESOURCE:
             return Cause.RESOURCE
+        if error.errno == errno.ENOTCONN:
+            return Cause.RESET  # a connection that stood a moment ago
         return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.RESET
     return Cause.INTERNAL
 

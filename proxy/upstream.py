@@ -13,6 +13,7 @@ import os
 import queue
 import select
 import socket
+import time
 import typing
 
 import urllib3
@@ -117,12 +118,14 @@ class _LeasedConnection:
             while not endpoint.handshake():
                 wait(endpoint.fd, endpoint.read_event, None)
         except OSError as error:
-            raise socket_abort(Side.UPSTREAM, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error) from error
+            limit = self.settings.tcp_user_timeout or self.settings.peer_dead_timeout
+            raise socket_abort(Side.UPSTREAM, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit) from error
 
     def _new_conn(self) -> socket.socket:
         """Called by urllib3's ``connect``. Returns: a connected, non-blocking socket. Raises: Abort."""
         wait = self._wait
         assert wait is not None
+        began_at = time.monotonic()
         first_error: OSError | None = None
         for family, address in self._addresses():
             try:
@@ -130,10 +133,13 @@ class _LeasedConnection:
             except OSError as error:
                 first_error = first_error or error
                 continue
-            self.name = endpoint_name(sock, self.url.path if self.url.scheme == "unix" else None)
             return sock
         assert first_error is not None  # getaddrinfo gives at least one address, or raises
-        abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error)
+        # Keepalive probes are for connections that stand: without the user timeout it is the kernel's own patience.
+        limit = self.settings.tcp_user_timeout
+        abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error, limit)
+        if abort.limit is not None:
+            abort.elapsed_s = time.monotonic() - began_at
         if abort.cause is Cause.UNREACHABLE and self.url.scheme == "unix":
             abort.error_type = "destination_unavailable"  # no address is involved that could be unroutable
         raise abort from first_error
@@ -167,6 +173,8 @@ class _LeasedConnection:
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number:
                 raise OSError(number, os.strerror(number))
+            # Raises where upstream has reset the connection by now.
+            self.name = endpoint_name(sock, self.url.path if self.url.scheme == "unix" else None)
         except BaseException:
             sock.close()
             raise

@@ -227,6 +227,10 @@ class Waiter:
                     Cause.TIMEOUT if limit is watch.timeout else Cause.DEADLINE,
                     limit=limit,
                     elapsed_s=elapsed_s,
+                    # Without a body the phase alone does not tell that upstream has not taken the request.
+                    error_type="connection_write_timeout"
+                    if timed.side is Side.UPSTREAM and timed.operation is Operation.WRITE
+                    else None,
                 )
             due = min(due, at)
         return due

@@ -24,6 +24,10 @@ ELSEWHERE: dict[str, tuple[Way, ...]] = {
     "test_networks.test_an_upstream_that_vanishes_in_mid_answer": (("upstream", "response_body", "dead_peer"),),
     "test_networks.test_an_upstream_that_vanishes_in_mid_request": (("upstream", "request_body", "dead_peer"),),
     "test_networks.test_an_upstream_that_vanishes_in_a_tunnel": (("upstream", "tunnel", "dead_peer"),),
+    "test_networks.test_an_upstream_that_vanishes_in_the_handshake": (("upstream", "tls_handshake", "dead_peer"),),
+    "test_hostile.test_an_upstream_that_resets_between_connect_and_first_look": (("upstream", "connect", "reset"),),
+    "test_workers.test_a_half_head_is_recorded_when_the_drain_ends": (("proxy", "request_head", "shutdown"),),
+    "test_server.test_a_connection_too_many_is_told_so": (("proxy", "request_head", "limit"),),
     "test_scenarios.test_shutdown_ends_what_is_left_in_any_phase": (
         ("proxy", "connect", "shutdown"),
         ("proxy", "request_body", "shutdown"),
@@ -38,18 +42,6 @@ ELSEWHERE: dict[str, tuple[Way, ...]] = {
     ),
 }
 
-# What these rows say of their records is left open by the contract: which of two it is depends on the kernel.
-OPEN_ROWS: dict[str, tuple[Way, ...]] = {
-    "a FIN without close_notify in the body": (("client", "request_body", "tls"),),
-    "a FIN without close_notify while the answer is awaited": (("client", "response_head", "tls"),),
-    "CONNECT": (("client", "request_head", "forbidden"),),
-    "upstream closes in the handshake": (("upstream", "tls_handshake", "tls"),),
-    "upstream resets in the request": (("upstream", "request_body", "reset"),),
-    "upstream closes in the request": (("upstream", "request_body", "closed"),),
-    "an answer's head too large": (("upstream", "response_head", "limit"),),
-    "upstream cuts TLS in a length": (("upstream", "response_body", "tls"),),
-}
-
 _NO_RECORD = "no request has begun in a handshake with a client: it is a connection.abort (test_scenarios, test_server)"
 _ADMIN = "the admin listener is not in this version"
 _INJECTED = "bugs and lack of memory are injected at every layer by test_record, which checks side, cause and answer"
@@ -60,37 +52,13 @@ NOT_MADE: tuple[tuple[Side, tuple[Phase, ...], tuple[Cause, ...], str], ...] = (
     (Side.PROXY, (Phase.TLS_HANDSHAKE,), tuple(Cause), _NO_RECORD),
     (Side.PROXY, tuple(Phase), (Cause.KILLED,), _ADMIN),
     (Side.PROXY, tuple(Phase), (Cause.INTERNAL, Cause.RESOURCE), _INJECTED),
-    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.UNAUTHORIZED,), "this version asks nobody for credentials"),
     (
         Side.CLIENT,
         (Phase.CONNECT,),
         (Cause.DEAD_PEER,),
         "the client owes no answer then, but to keepalive probes, which take longer than upstream_connect_timeout",
     ),
-    (
-        Side.UPSTREAM,
-        (Phase.CONNECT, Phase.TLS_HANDSHAKE),
-        (Cause.DEAD_PEER,),
-        "only with upstream_connect_timeout off, and after the two minutes that the kernel takes",
-    ),
-    (
-        Side.UPSTREAM,
-        (Phase.CONNECT,),
-        (Cause.RESET,),
-        "a reset that comes between the end of the connect and the look at it; test_aborts has the classification",
-    ),
-    (
-        Side.UPSTREAM,
-        (Phase.RESPONSE_HEAD,),
-        (Cause.DEADLINE,),
-        "a request without a body that upstream does not read: heads are smaller than the kernel's buffers",
-    ),
-    (
-        Side.PROXY,
-        (Phase.REQUEST_HEAD,),
-        (Cause.LIMIT, Cause.SHUTDOWN),
-        "test_server and test_workers make them, at once",
-    ),
+    (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.UNAUTHORIZED,), "this version asks nobody for credentials"),
 )
 
 
@@ -103,7 +71,7 @@ def made() -> set[Way]:
     found: set[Way] = set()
     for row in ROWS:
         if row.event not in (None, "complete"):
-            found |= _ways(row.side, row.phase, row.cause) | set(OPEN_ROWS.get(row.name, ()))
+            found |= _ways(row.side, row.phase, row.cause)
     for ways in ELSEWHERE.values():
         found |= set(ways)
     return found
@@ -131,7 +99,6 @@ def test_no_reason_is_idle() -> None:
     for side, phases, causes, why in NOT_MADE:
         ways = {(str(side), str(phase), str(cause)) for phase in phases for cause in causes}
         assert ways & set(not_made()), why
-    assert set(OPEN_ROWS) <= {row.name for row in ROWS}
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)

@@ -157,6 +157,35 @@ def test_a_client_that_vanishes_in_its_head(network: netns.Network) -> None:
         _check_dead(record, "client")
 
 
+def test_an_upstream_that_vanishes_in_the_handshake(network: netns.Network, certificates: Certificates) -> None:
+    """It has taken what opens the handshake, and falls silent without a limit of ours on that."""
+
+    def take_hello(wire: peers.Wire) -> None:
+        wire.read()
+        wire.await_end()
+
+    network.restore()
+    with contextlib.ExitStack() as stack:
+        with netns.inside(network.there):
+            upstream = stack.enter_context(peers.Upstream(take_hello, host=netns.THERE_IP))
+        options = ("--upstream-connect-timeout", "none", "--upstream-ca", certificates.ca, *DEAD)
+        url = upstream.url.replace("http:", "https:")
+        proxy = stack.enter_context(harness.ProxyProcess(url, *options, namespace=network.here))
+        stack.callback(network.restore)
+        with netns.inside(network.here):
+            wire = stack.enter_context(peers.connect(proxy.address))
+        wire.get()
+        harness.wait_until(lambda: upstream.wire().received.count > 100)
+        network.drop()
+        response = wire.read_response()
+        record = proxy.wait_requests(1, FOUND_S + 2.0)[0]
+        harness.check_record(record)
+        assert _words(record) == ("request.abort", "upstream", "tls_handshake", "dead_peer")
+        assert (record["status"], record["error_type"]) == (504, "connection_timeout")
+        assert response.status == 504
+        _check_dead(record, "upstream")
+
+
 def test_an_upstream_that_vanishes_in_a_tunnel(network: netns.Network) -> None:
     with _scene(network, peers.upgrade(), *DEAD, far="upstream") as scene:
         scene.wire.get(extra=UPGRADE)

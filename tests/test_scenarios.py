@@ -467,6 +467,18 @@ def upgrade_and(what: str) -> peers.Script:
     return script
 
 
+def end_after(count: int) -> peers.Script:
+    """Read a head and some octets of its body, then end in the middle of the request."""
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.read_exactly(count)
+        wire.end_write()
+        wire.await_end()
+
+    return script
+
+
 def cut_after_head(wire: Wire) -> None:
     """Read a head, and end without close_notify."""
     wire.read_head()
@@ -543,6 +555,13 @@ def https_to(script: peers.Script) -> collections.abc.Iterator[str]:
     """A listener that speaks no TLS, or not as it should, where TLS is spoken to it."""
     with Upstream(script) as upstream:
         yield upstream.url.replace("http://127.0.0.1", "https://localhost")
+
+
+def end_after_hello(wire: Wire) -> None:
+    """Take what opens a TLS handshake, and end."""
+    wire.read()
+    wire.end_write()
+    wire.await_end()
 
 
 def say(octets: bytes) -> peers.Script:
@@ -671,11 +690,11 @@ REJECTED = [
     reject("no host", request(b"GET / HTTP/1.1\r\n\r\n"), status=400, cause="protocol"),
     reject("two hosts", request(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), status=400, cause="protocol"),
     reject("noise", request(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"), status=400, cause="protocol"),
-    reject("CONNECT", request(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n"), status=405),
+    reject("CONNECT", request(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n"), status=405, cause="forbidden"),
     reject("an unknown coding", request(b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: zip, chunked\r\n\r\n0\r\n\r\n"),
-           status=501),
-    reject("an HTTP/2 preface", request(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), status=505),
-    reject("another version", request(b"GET / HTTP/1.2\r\nHost: test\r\n\r\n"), status=505),
+           status=501, cause="protocol"),
+    reject("an HTTP/2 preface", request(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), status=505, cause="protocol"),
+    reject("another version", request(b"GET / HTTP/1.2\r\nHost: test\r\n\r\n"), status=505, cause="protocol"),
     reject("a request line too long", request(TOO_LONG), status=414, cause="limit", limit="max_head_size"),
     reject("too many fields", request(TOO_MANY), status=431, cause="limit", limit=OPEN),
     reject("a head too large", request(TOO_LARGE), status=431, cause="limit", limit="max_head_size"),
@@ -684,6 +703,11 @@ REJECTED = [
     reject("what follows is never parsed", request(b"GET / HTTP/1.1\r\nHost : test\r\n\r\n" + get("/smuggled")), status=400,
            cause="protocol", client_end=("fin", "close_notify")),
 ]  # fmt: skip
+
+# More than the kernel takes for a peer that does not read.
+GIANT = (
+    b"GET / HTTP/1.1\r\nHost: test\r\n" + b"".join(b"X-%d: %s\r\n" % (n, b"y" * 60_000) for n in range(240)) + b"\r\n"
+)
 
 client_head = functools.partial(
     abort, upstream=unused, side="client", phase="request_head", operation="read", reached=False, body=(0, 0)
@@ -712,7 +736,7 @@ BY_CLIENT = [
     client_body("a FIN before the last chunk", leave(post_chunked(b"abc", end=b""), "fin", "seen"), peers.silent, cause="closed",
                 exact=("client_read",)),
     client_body("a FIN without close_notify in the body", leave(post(b"abc", length=10), "cut", "seen"), peers.silent, over=(TLS_CLIENT,),
-                cause=OPEN),
+                cause="tls"),
     client_body("a reset in the body", leave(post(b"abc", length=10), "reset", "seen"), peers.silent, cause="reset", status=None,
                 over=RESETS),
     client_body("silence in the body", stop_sending(post(b"abc", length=10)), peers.silent, ("--client-read-timeout", T),
@@ -732,7 +756,7 @@ BY_CLIENT = [
     client_gone("a FIN right behind the request", half_close(get()), peers.silent, phase=OPEN, cause="closed", reached=None),
     client_gone("a FIN behind a posted request", leave(post(), "fin", "seen"), peers.silent, cause="closed", body=(1024, 0)),
     client_gone("a FIN without close_notify while the answer is awaited", leave(get(), "cut", "seen"), peers.silent,
-                over=(TLS_CLIENT,), cause=OPEN),
+                over=(TLS_CLIENT,), cause="tls"),
     client_gone("a reset while the answer is awaited", leave(get(), "reset", "seen"), peers.silent, cause="reset", status=None,
                 over=RESETS, exact=("client_read",)),
     abort("a FIN in the response", leave(get(), "fin", "body"), peers.answer_and_wait(LONG + b"abcd"), side="client",
@@ -793,11 +817,15 @@ BY_UPSTREAM = [
     at_connect("a connect without an answer", phase="connect", operation="connect", cause="timeout", status=504,
                options=("--upstream-connect-timeout", T), limit="upstream_connect_timeout", over=(PLAIN, TLS_CLIENT), url=full_url,
                error_type="connection_timeout"),
+    # The kernel looks at its user timeout when it sends the SYN once more, after a second.
+    at_connect("upstream's kernel does not answer", phase="connect", operation="connect", cause="dead_peer", status=504,
+               options=("--upstream-connect-timeout", "none", "--tcp-user-timeout", T), limit="tcp_user_timeout", over=(PLAIN,),
+               url=full_url, error_type="connection_timeout"),
     in_handshake("upstream silent in the handshake", cause="timeout", status=504, options=("--upstream-connect-timeout", T),
                  limit="upstream_connect_timeout", url=functools.partial(https_to, peers.deaf)),
     in_handshake("upstream speaks no TLS", cause="tls", status=502,
                  url=functools.partial(https_to, say(b"HTTP/1.1 400 Bad Request\r\n\r\n")), error_type="tls_protocol_error"),
-    in_handshake("upstream closes in the handshake", status=502, url=functools.partial(https_to, peers.close_at_once)),
+    in_handshake("upstream closes in the handshake", cause="tls", status=502, url=functools.partial(https_to, end_after_hello)),
     in_handshake("upstream resets in the handshake", cause="reset", status=502,
                  url=functools.partial(https_to, peers.reset_after(100))),
     abort("upstream never reads", request(post(HUGE * 3)), peers.deaf, ("--upstream-write-timeout", T), side="upstream",
@@ -807,9 +835,18 @@ BY_UPSTREAM = [
           side="upstream", phase="request_body", operation="write", cause="deadline", status=504, limit="upstream_write_deadline",
           whole=True, within_s=10.0),
     abort("upstream resets in the request", request(post(b"x" * 5000, length=10_000)), peers.reset_after(4000), side="upstream",
-          cause="reset", status=502, whole=True, over=RESETS),
+          phase="request_body", cause="reset", status=502, whole=True, over=RESETS),
+    # With octets unread the end is a reset, which may or may not overtake it.
     abort("upstream closes in the request", request(post(b"x" * 5000, length=10_000)), peers.close_at_once, side="upstream",
-          status=502, whole=True),
+          phase="request_body", status=502, whole=True),
+    abort("upstream ends in the request", request(post(b"x" * 5000, length=10_000)), end_after(5000), side="upstream",
+          phase="request_body", operation="read", cause="closed", status=502, whole=True, exact=("upstream_written",), body=(5000, 0)),
+    abort("upstream never reads a head", request(GIANT), peers.deaf, ("--upstream-write-timeout", T, "--max-head-size", "16MiB"),
+          side="upstream", phase="response_head", operation="write", cause="timeout", status=504, limit="upstream_write_timeout",
+          error_type="connection_write_timeout", whole=True, over=(PLAIN, TLS_UPSTREAM), within_s=10.0),
+    abort("upstream reads a head too slowly", request(GIANT), read_slow(8192, 0.02, 1.0), ("--upstream-write-deadline", T,
+          "--max-head-size", "16MiB"), side="upstream", phase="response_head", operation="write", cause="deadline", status=504,
+          limit="upstream_write_deadline", error_type="connection_write_timeout", whole=True, over=(PLAIN, TLS_UPSTREAM), within_s=10.0),
     abort("upstream cuts TLS in the request", request(post(b"x" * 5000, length=10_000)), cut_after_head, side="upstream",
           phase="request_body", cause="tls", status=502, whole=True, over=(TLS_UPSTREAM,)),
     at_head("upstream cuts TLS without an answer", request(get()), cut_after_head, cause="tls", over=(TLS_UPSTREAM,)),
@@ -828,7 +865,7 @@ BY_UPSTREAM = [
             answer_and_close(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"), cause="protocol"),
     at_head("an answer of another version", request(get()), answer_and_close(b"HTTP/2.0 200 OK\r\n\r\n"), cause="protocol"),
     at_head("an answer's head too large", request(get()),
-            answer_and_close(b"HTTP/1.1 200 OK\r\n" + b"X: %s\r\n" % (b"y" * 1000) * 90 + b"\r\n"), cause=OPEN, limit=OPEN),
+            answer_and_close(b"HTTP/1.1 200 OK\r\n" + b"X: %s\r\n" % (b"y" * 1000) * 90 + b"\r\n"), cause="limit", limit="max_head_size"),
     at_head("no answer", request(get()), peers.silent, ("--upstream-head-timeout", T), cause="timeout", status=504,
             limit="upstream_head_timeout", error_type="http_response_timeout", exact=("client_read", "upstream_written")),
     at_head("half a head and silence", request(get()), send_then_stall(b"HTTP/1.1 200 OK\r\n"), ("--upstream-head-timeout", T),
@@ -839,8 +876,9 @@ BY_UPSTREAM = [
             exact=("upstream_read",), body=(0, 3)),
     in_body("upstream closes before the last chunk", request(get()), answer_and_close(CHUNKED + chunk(BODY)), cause="closed",
             exact=("upstream_read",), body=(0, 1024)),
-    in_body("upstream cuts TLS in a length", request(get()), peers.answer_and_cut(LONG + BODY), over=(TLS_UPSTREAM,), body=(0, 1024)),
-    in_body("upstream cuts TLS where the end is the end", request(get()), peers.answer_and_cut(UNTIL_CLOSE + BODY),
+    in_body("upstream cuts TLS in a length", request(get()), peers.answer_and_cut(LONG + BODY), cause="tls", over=(TLS_UPSTREAM,),
+            body=(0, 1024)),
+    in_body("upstream cuts TLS where the end is the end", request(get()), peers.answer_and_cut(UNTIL_CLOSE + BODY), cause="tls",
             over=(TLS_UPSTREAM,), client_end=("reset",)),
     in_body("upstream resets in a length", request(get()), peers.answer_and_reset(LONG + BODY), cause="reset", over=RESETS,
             exact=("upstream_read",), body=(0, 1024)),
