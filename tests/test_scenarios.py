@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 import select
 import signal
 import socket
@@ -107,9 +108,11 @@ class Stage:
         self.upstream: Upstream = self.upstreams["tcp"]
         self.proxy: harness.ProxyProcess
 
-    def use(self, url: str, towards_client: str, options: tuple[str, ...]) -> harness.ProxyProcess:
-        """Returns: a proxy with these options, started if there is none."""
-        key = (url, towards_client, options)
+    def use(
+        self, url: str, towards_client: str, options: tuple[str, ...], form: str = "package"
+    ) -> harness.ProxyProcess:
+        """Returns: a proxy in that form with these options, started if there is none."""
+        key = (url, towards_client, options, form)
         if key in self._proxies:
             self._proxies.move_to_end(key)
         else:
@@ -118,9 +121,8 @@ class Stage:
             certificate = self.certificates.server
             more = ["--tls-cert", certificate, "--tls-key", certificate] if towards_client == "tls" else []
             more += ["--upstream-ca", self.certificates.ca] if url.startswith("https") else []
-            self._proxies[key] = harness.ProxyProcess(
-                url, *options, *more, listen="unix" if towards_client == "unix" else "127.0.0.1:0"
-            )
+            listen = "unix" if towards_client == "unix" else "127.0.0.1:0"
+            self._proxies[key] = harness.ProxyProcess(url, *options, *more, listen=listen, form=form)
         self.proxy = self._proxies[key]
         return self.proxy
 
@@ -924,12 +926,44 @@ def test_names_of_rows_are_unique() -> None:
 
 @pytest.mark.parametrize(("row", "over"), _cases(), ids=[f"{row.name} [{over[0]}-{over[1]}]" for row, over in _cases()])
 def test_scenario(stage: Stage, row: Row, over: tuple[str, str]) -> None:
+    _play(stage, row, over)
+
+
+# One row or two of each kind, for what all rows have in common: that there are more workers, or another form.
+REPRESENTATIVE = (
+    "chunks and a trailer",
+    "three requests pipelined",
+    "a half-close in a tunnel",
+    "a length and chunks",
+    "a FIN while the answer is awaited",
+    "no answer",
+    "upstream resets in a chunk",
+)
+
+
+@pytest.mark.parametrize("over", [PLAIN, TLS_CLIENT], ids="-".join)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_scenario_with_two_workers(stage: Stage, name: str, over: tuple[str, str]) -> None:
+    (row,) = (row for row in ROWS if row.name == name)
+    _play(stage, dataclasses.replace(row, options=(*row.options, "--workers", "2")), over)
+
+
+@pytest.mark.parametrize("other_form", harness.FORMS[1:])
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_scenario_in_another_form(
+    stage: Stage, name: str, other_form: str, single_file: pathlib.Path, archive: pathlib.Path
+) -> None:
+    (row,) = (row for row in ROWS if row.name == name)
+    _play(stage, row, PLAIN, other_form)
+
+
+def _play(stage: Stage, row: Row, over: tuple[str, str], form: str = "package") -> None:
     towards_client, towards_upstream = over
     upstream = stage.upstream = stage.upstreams[towards_upstream]
     upstream.script = row.upstream
     with contextlib.ExitStack() as stack:
         url = upstream.url if row.url is None else stack.enter_context(row.url())
-        proxy = stage.use(url, towards_client, row.options)
+        proxy = stage.use(url, towards_client, row.options, form)
         try:
             _run(stage, proxy, row, over)
             upstream.forget()
