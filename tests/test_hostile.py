@@ -3,54 +3,59 @@ proxy. Whatever they do, each request that began ends in one record, and nothing
 """
 
 import collections.abc
+import contextlib
+import os
 import select
 import socket
 import struct
+import time
 
 import pytest
 
 import harness
-from harness import ProxyProcess
-from peers import Upstream, answer_all, connect, ok
+import peers
+from conftest import Certificates
+from harness import LogRecord, ProxyProcess
+from peers import Script, Upstream, Wire, answer, answer_all, chunk, connect, ok
 from proxy.aborts import Abort
 from proxy.config import load_settings
 from proxy.upstream import upstream_pool
 from proxy.vocabulary import Cause, Phase, Side
 
-SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 UPGRADE = "Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"
+SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LONG = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)
 
 
-def get(target: str = "/", extra: str = "") -> bytes:
-    return f"GET {target} HTTP/1.1\r\nHost: t\r\n{extra}\r\n".encode()
+def get(target: str = "/", extra: str = "", version: str = "1.1") -> bytes:
+    """Returns: a request without a body."""
+    return f"GET {target} HTTP/{version}\r\nHost: t\r\n{extra}\r\n".encode()
 
 
-def post(body: bytes, extra: str = "", length: int | None = None) -> bytes:
+def post(body: bytes, extra: str = "", length: int | None = None, method: str = "POST") -> bytes:
+    """Returns: a request with a body, or the part of it that ``body`` is."""
     size = len(body) if length is None else length
-    return f"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: {size}\r\n{extra}\r\n".encode() + body
+    return f"{method} / HTTP/1.1\r\nHost: t\r\nContent-Length: {size}\r\n{extra}\r\n".encode() + body
 
 
-@pytest.fixture(scope="module")
-def scene() -> collections.abc.Iterator[tuple[Upstream, ProxyProcess]]:
-    with Upstream(answer_all(ok())) as upstream, ProxyProcess(upstream.url) as proxy:
-        yield upstream, proxy
+def sole_record(proxy: ProxyProcess) -> LogRecord:
+    """Wait for the only record of a proxy. Returns: it, checked."""
+    (record,) = proxy.wait_requests(1)
+    harness.check_record(record)
+    return record
 
 
-@pytest.fixture(autouse=True)
-def nothing_left() -> None:
-    """Not counted here after each test: the upstream of all tests has connections that are kept between them."""
-
-
-def records_of(proxy: ProxyProcess, request_ids: list[bytes]) -> list[harness.LogRecord]:
-    """Wait for the records of these requests. Returns: them, one for each."""
-    wanted = [request_id.decode() for request_id in request_ids]
-    harness.wait_until(lambda: {r["request_id"] for r in proxy.requests()} >= set(wanted), what="the records")
-    found = [record for record in proxy.requests() if record["request_id"] in wanted]
-    assert len(found) == len(wanted)
-    for record in found:
-        harness.check_record(record)
-    return found
+@contextlib.contextmanager
+def served(script: Script, *options: str) -> collections.abc.Iterator[tuple[Upstream, ProxyProcess, Wire]]:
+    """Give an upstream, a proxy and a client's connection."""
+    with (
+        Upstream(script) as upstream,
+        ProxyProcess(upstream.url, *options) as proxy,
+        connect(proxy.address) as wire,
+    ):
+        yield upstream, proxy, wire
 
 
 # -- upstream resets --------------------------------------------------------------------------------------------------
@@ -101,3 +106,346 @@ def test_an_upstream_that_resets_whatever_it_accepts_is_never_our_own_bug() -> N
         harness.check_record(record)
         assert (record["side"], record["cause"]) == ("upstream", "reset")
         assert record["phase"] in ("connect", "response_head")
+
+
+# -- requests in a row ------------------------------------------------------------------------------------------------
+
+
+def answer_slowly(wire: Wire) -> None:
+    """Answer each request with its target, after a moment."""
+    while True:
+        target = wire.read_request().split()[1]
+        time.sleep(0.05)  # so that the client's end is there before the answer
+        wire.send(ok(target))
+
+
+def test_a_half_close_behind_pipelined_requests_leaves_them_all_answered_where_that_is_allowed() -> None:
+    with served(answer_slowly, "--client-half-close", "allow") as (_, proxy, wire):
+        wire.send_and_end(get("/1") + get("/2") + get("/3"))
+        assert [wire.read_response().body for _ in range(3)] == [b"/1", b"/2", b"/3"]
+        assert wire.await_end() == "fin"
+        records = proxy.wait_requests(3)
+    assert [record["event"] for record in records] == ["request.complete"] * 3
+    assert [record["bytes"]["client_read"] for record in records] == [len(get("/1"))] * 3
+    assert sum(record["bytes"]["client_written"] for record in records) == wire.received.count
+
+
+def test_a_half_close_behind_pipelined_requests_ends_the_first_and_begins_no_other() -> None:
+    with served(answer_slowly) as (upstream, proxy, wire):
+        wire.send_and_end(get("/1") + get("/2") + get("/3"))
+        assert wire.await_end() == "fin"
+        record = sole_record(proxy)
+        assert (record["side"], record["cause"], record["target"]) == ("client", "closed", "/1")
+        assert record["bytes"]["client_read"] == len(get("/1"))
+        upstream.settle()
+        assert not any(target in wire.received.octets for wire in upstream.wires for target in (b"/2", b"/3"))
+        assert proxy.stop()["requests"]["begun"] == 1
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_what_a_client_sends_behind_an_early_answer_is_never_a_request(framing: str) -> None:
+    """Upstream answers the head alone; the body that comes all the same looks like a request."""
+    smuggled = get("/smuggled")
+    if framing == "length":
+        octets, rest = post(b"", "Expect: 100-continue\r\n", length=len(smuggled)), smuggled
+    else:
+        head = b"POST / HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+        octets, rest = head, chunk(smuggled) + b"0\r\n\r\n"
+    with served(peers.answer_at_once(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n")) as (upstream, proxy, wire):
+        wire.send(octets)
+        response = wire.read_response()
+        assert (response.status, response.get("connection")) == (403, b"close")
+        wire.send(rest + get("/next"))
+        assert wire.await_end() == "fin"
+        record = sole_record(proxy)
+        assert (record["event"], record["status"]) == ("request.complete", 403)
+        assert record["bytes"]["request_body"] == 0
+        upstream.settle()
+        wire.close()
+        (seen,) = upstream.wires
+        assert b"smuggled" not in seen.received.octets
+        assert proxy.stop()["requests"]["begun"] == 1
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [LONG + b"abc", CHUNKED + chunk(b"abc"), b"HTTP/1.1 200 OK\r\nContent-", b"garbage\r\n\r\n"],
+    ids=["length", "chunks", "head", "garbage"],
+)
+def test_behind_a_response_that_was_cut_no_request_is_served(cut: bytes) -> None:
+    with served(peers.answer_and_close(cut)) as (upstream, proxy, wire):
+        wire.send(get("/1") + get("/2"))
+        wire.await_end()
+        record = sole_record(proxy)
+        assert (record["event"], record["target"]) == ("request.abort", "/1")
+        assert not any(b"/2" in wire.received.octets for wire in upstream.wires)
+
+
+# -- repeated on a fresh connection -----------------------------------------------------------------------------------
+
+
+def stale_then(seen: list[bytes]) -> Script:
+    """Answer once on the first connection and reset it when more comes; answer on the others."""
+    count = 0
+
+    def script(wire: Wire) -> None:
+        nonlocal count
+        count += 1
+        first = count == 1
+        while True:
+            if first and wire.sent.count:
+                wire.read_head()
+                wire.reset()
+                return
+            seen.append(wire.read_request())
+            wire.send(ok())
+
+    return script
+
+
+def test_a_put_is_repeated_with_its_body() -> None:
+    seen: list[bytes] = []
+    with served(stale_then(seen)) as (upstream, proxy, wire):
+        wire.get()
+        assert wire.read_response().status == 200
+        wire.send(post(b"content", method="PUT"))
+        assert wire.read_response().status == 200
+        record = proxy.wait_requests(2)[1]
+        harness.check_record(record)
+        assert [attempt["cause"] for attempt in record["attempts"]] == ["reset"]
+        assert record["bytes"]["request_body"] == len(b"content")
+        assert record["bytes"]["upstream_written"] == len(seen[1]) == upstream.wires[1].received.count
+        assert seen[1].endswith(b"\r\n\r\ncontent")
+
+
+def test_a_put_whose_body_is_on_its_way_is_not_repeated() -> None:
+    """What was passed on is gone, and half of a body is no body."""
+    with served(stale_then([])) as (upstream, proxy, wire):
+        wire.get()
+        assert wire.read_response().status == 200
+        wire.send(post(b"", length=200_000, method="PUT"))
+        wire.send_until_answered(b"x" * 200_000)
+        response = wire.read_response()
+        record = proxy.wait_requests(2)[1]
+        harness.check_record(record)
+        if record["event"] == "request.abort":
+            assert (record["side"], record["cause"], response.status) == ("upstream", "reset", 502)
+            assert not record.get("attempts")
+        else:  # the reset came before the first octet of the body
+            assert record["bytes"]["request_body"] == 200_000
+            assert len(record["attempts"]) == 1
+        for connection in upstream.wires[1:]:
+            assert connection.received.octets.count(b"x") in (0, 200_000)
+
+
+# -- switched protocols -----------------------------------------------------------------------------------------------
+
+
+def frame(payload: bytes, opcode: int = 2) -> bytes:
+    """Returns: a frame of RFC 6455 as a client sends it, masked."""
+    mask = os.urandom(4)
+    size = bytes([0x80 | 126]) + len(payload).to_bytes(2, "big")
+    return bytes([0x80 | opcode]) + size + mask + bytes(octet ^ mask[at % 4] for at, octet in enumerate(payload))
+
+
+def test_websocket_frames_pass_octet_for_octet() -> None:
+    frames = [frame(os.urandom(size)) for size in (0, 1, 125, 126, 4096, 60_000)]
+    octets = b"".join(frames) + frame(b"\x03\xe8", opcode=8)
+    with served(peers.upgrade(SWITCHED)) as (upstream, proxy, wire):
+        # A client may be sure of its upgrade, and not wait for the 101.
+        wire.send(get("/chat", UPGRADE + "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n") + frames[0])
+        head = wire.read_head()
+        assert head.startswith(b"HTTP/1.1 101 ")
+        assert b"\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" in head
+        wire.send(octets[len(frames[0]) :])
+        assert wire.read_exactly(len(octets)) == octets
+        wire.end_write()
+        assert wire.await_end() == "fin"
+        record = sole_record(proxy)
+        assert (record["event"], record["status"]) == ("request.complete", 101)
+        assert record["bytes"]["request_body"] == record["bytes"]["response_body"] == len(octets)
+        assert b"\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" in upstream.wires[0].received.octets
+
+
+def test_a_tunnel_begins_behind_the_body_of_its_request() -> None:
+    def script(wire: Wire) -> None:
+        assert wire.read_request().endswith(b"body")
+        wire.send(SWITCHED)
+        wire.send(wire.read())
+        wire.end_write()
+
+    with served(script) as (_, proxy, wire):
+        wire.send(post(b"body", UPGRADE) + b"tunnel")
+        wire.read_head()
+        assert wire.read_exactly(6) == b"tunnel"
+        wire.end_write()
+        wire.await_end()
+        record = sole_record(proxy)
+    assert record["event"] == "request.complete"
+    assert (record["bytes"]["request_body"], record["bytes"]["response_body"]) == (10, 6)
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        get(),
+        get(extra="Upgrade: websocket\r\n"),
+        get(extra="Connection: Upgrade\r\n"),
+        get(extra=UPGRADE, version="1.0"),
+        post(b"half", UPGRADE, length=8),
+    ],
+    ids=["unasked", "no option", "no field", "HTTP/1.0", "half a request"],
+)
+def test_upstream_may_not_switch_protocols(octets: bytes) -> None:
+    with served(peers.answer_at_once(SWITCHED + b"octets of no protocol")) as (_, proxy, wire):
+        wire.send(octets)
+        assert wire.read_response().status == 502
+        assert wire.await_end() == "fin"
+        record = sole_record(proxy)
+    assert (record["event"], record["side"]) == ("request.abort", "upstream")
+    assert (record["phase"], record["cause"]) == ("response_head", "protocol")
+    assert b"octets of no protocol" not in wire.received.octets
+
+
+# -- interim responses ------------------------------------------------------------------------------------------------
+
+
+def test_interim_responses_do_not_keep_a_request_alive() -> None:
+    """The limit is on the final head: whoever says 103 again and again has not answered."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        while not select.select([wire.sock], [], [], 0.02)[0]:
+            wire.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+    with served(script, "--upstream-head-timeout", "0.2") as (_, proxy, wire):
+        wire.get()
+        while (response := wire.read_response()).status == 103:
+            assert response.whole
+        assert response.status == 504
+        record = sole_record(proxy)
+    assert (record["phase"], record["cause"]) == ("response_head", "timeout")
+    assert record["limit"]["name"] == "upstream_head_timeout"
+    assert record["bytes"]["client_written"] == wire.received.count
+
+
+def test_thousands_of_interim_responses_arrive_in_order() -> None:
+    interim = b"".join(b"HTTP/1.1 103 Early Hints\r\nX-N: %d\r\n\r\n" % n for n in range(5000))
+    with served(answer(interim + ok())) as (_, proxy, wire):
+        wire.get()
+        for n in range(5000):
+            response = wire.read_response()
+            assert (response.status, response.get("x-n")) == (103, b"%d" % n)
+        assert wire.read_response().body == b"ok"
+        record = sole_record(proxy)
+    assert record["bytes"]["upstream_read"] == len(interim + ok())
+    assert record["bytes"]["client_written"] == wire.received.count
+
+
+def test_a_client_of_http_1_0_gets_no_interim_response() -> None:
+    with served(answer(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 3 + ok())) as (_, proxy, wire):
+        wire.send(get(version="1.0"))
+        assert wire.read_response().status == 200
+        record = sole_record(proxy)
+    assert record["bytes"]["client_written"] == wire.received.count
+
+
+# -- bounds, to the octet ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("size", [1000, 1001])
+def test_max_body_size_is_the_largest_body_that_passes(framing: str, size: int) -> None:
+    octets = post(b"x" * size)
+    if framing == "chunked":
+        octets = b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+        octets += chunk(b"x" * 500) + chunk(b"x" * (size - 500)) + b"0\r\n\r\n"
+    with served(answer_all(ok()), "--max-body-size", "1000") as (_, proxy, wire):
+        wire.send(octets)
+        assert wire.read_response().status == (200 if size == 1000 else 413)
+        record = sole_record(proxy)
+    if size == 1000:
+        assert record["bytes"]["request_body"] == 1000
+    else:
+        assert record["limit"] == {"name": "max_body_size", "value": 1000, "source": "flag"}
+
+
+@pytest.mark.parametrize("parts", [1, 3], ids=["at once", "in parts"])
+@pytest.mark.parametrize("size", [2048, 2049])
+def test_max_head_size_is_the_largest_head_that_passes(size: int, parts: int) -> None:
+    octets = get(extra="X: y\r\n")
+    octets = octets.replace(b"X: y", b"X: " + b"y" * (1 + size - len(octets)))
+    assert len(octets) == size
+    with served(answer_all(ok()), "--max-head-size", "2048") as (_, proxy, wire):
+        wire.send_in_parts(octets, -(-size // parts), 0.02)
+        assert wire.read_response().status == (200 if size == 2048 else 431)
+        record = sole_record(proxy)
+    assert record["bytes"]["client_read"] == 2048
+
+
+# -- peers that wait --------------------------------------------------------------------------------------------------
+
+
+def hold(octets: bytes, *, end: bool = False, fill: bool = False) -> Script:
+    """Read a head, answer with octets, then wait without a word until the other side ends."""
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(octets)
+        if fill:
+            wire.fill(quiet_s=0.1)
+        if end:
+            wire.end_write()
+        poller = select.poll()
+        poller.register(wire.sock, 0 if end else select.POLLRDHUP)
+        poller.poll(3000)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("kind", "half_close"), [("tcp", "abort"), ("tcp", "allow"), ("tls", "allow"), ("unix", "allow")]
+)
+def test_waiting_costs_no_time_of_the_processor(kind: str, half_close: str, certificates: Certificates) -> None:
+    """Each of these peers makes something about a socket ready that is of no use yet: a loop that does not see that
+    spins.
+    """
+    tls = kind == "tls"
+    own = ("--tls-cert", certificates.server, "--tls-key", certificates.server, "--upstream-ca", certificates.ca)
+    context = certificates.client_context() if tls else None
+    with contextlib.ExitStack() as stack:
+        upstream = Upstream(peers.silent, kind, tls=certificates.server_context() if tls else None)
+        stack.enter_context(upstream)
+        options = ("--client-half-close", half_close, *(own if tls else ()))
+        listen = "unix" if kind == "unix" else "127.0.0.1:0"
+        proxy = stack.enter_context(ProxyProcess(upstream.url, *options, listen=listen))
+
+        def begin(script: Script, octets: bytes, *, head: bool = False, fill: bool = False, end: bool = False) -> None:
+            upstream.script = script
+            before = len(upstream.wires)
+            wire = stack.enter_context(connect(proxy.address, context))
+            wire.send(octets)
+            upstream.wire(before)
+            if head:
+                wire.read_head()
+            if fill:
+                wire.fill(quiet_s=0.1)
+            if end:
+                wire.end_write()
+
+        begin(peers.silent, get() * 3)
+        begin(peers.silent, get(), end=half_close == "allow")
+        begin(peers.silent, post(b"abc", length=10))
+        begin(peers.deaf, post(b"", length=10**9), fill=True)
+        begin(hold(LONG, fill=True), get())
+        begin(hold(LONG, end=True, fill=True), get())
+        begin(hold(LONG), post(b"", length=10**9), head=True, fill=True)
+        begin(hold(SWITCHED), get(extra=UPGRADE), head=True)
+        begin(hold(SWITCHED), get(extra=UPGRADE), head=True, end=True)
+        begin(hold(SWITCHED, end=True), get(extra=UPGRADE), head=True)
+        begin(hold(SWITCHED), get(extra=UPGRADE), head=True, fill=True, end=True)
+        begin(hold(SWITCHED, end=True, fill=True), get(extra=UPGRADE), head=True)
+        time.sleep(0.1)  # until all have come to their waits, which shows nowhere
+        used_s = proxy.cpu_s()
+        time.sleep(0.4)  # what is measured
+        assert proxy.cpu_s() - used_s < 0.15
