@@ -3217,6 +3217,7 @@ class TlsEndpoint(Endpoint):
         "_batch_plain",
         "_batch_reported",
         "_decrypted",
+        "_failure",
         "_incoming",
         "_outgoing",
         "_unsent",
@@ -3240,6 +3241,7 @@ class TlsEndpoint(Endpoint):
             self._incoming, self._outgoing, server_side=side is Side.CLIENT, server_hostname=server_hostname
         )
         self._decrypted = b""  # read ahead of a half-close
+        self._failure: ssl.SSLError | None = None  # met behind octets that were to be had, for the next read to raise
         self._unsent = b""  # ciphertext that the socket has not taken
         # The batch of records being sent: octets of plaintext and ciphertext in it, and of plaintext reported as
         # written.
@@ -3311,8 +3313,10 @@ class TlsEndpoint(Endpoint):
             have = min(size, len(self._decrypted))
             buffer[:have] = self._decrypted[:have]
             self._decrypted = self._decrypted[have:]
+        if self._failure is not None and not have:
+            raise self._failure
         read = self.tls.read
-        while have < size:
+        while have < size and self._failure is None:
             try:
                 # Into a buffer it returns a number, which its type stub does not know.
                 count = typing.cast(int, read(size - have, typing.cast(bytearray, buffer[have:])))
@@ -3327,9 +3331,10 @@ class TlsEndpoint(Endpoint):
                 continue
             except ssl.SSLZeroReturnError:
                 count = 0  # close_notify after we sent ours
-            except ssl.SSLError:
+            except ssl.SSLError as error:
                 if have:
-                    break  # the same error comes again at the next read
+                    self._failure = error  # asked once more, OpenSSL would speak of an end that there was not
+                    break
                 raise
             if not count:
                 break
@@ -3398,9 +3403,11 @@ class TlsEndpoint(Endpoint):
             while octets := self.tls.read(_RECORD_SIZE):
                 self._decrypted += octets
                 self.has_unread = True
-        except ssl.SSLError:
-            # Nothing more to read now, or an error that the next read will meet again and report.
-            self.has_unread = bool(self._decrypted)
+        except (ssl.SSLWantReadError, ssl.SSLZeroReturnError):
+            self.has_unread = bool(self._decrypted)  # nothing more to read now, or ever
+        except ssl.SSLError as error:
+            self._failure = error
+            self.has_unread = True
         try:
             self.tls.unwrap()
         except ssl.SSLError:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import select
 import socket
+import ssl
 import struct
 import time
 
@@ -16,7 +17,7 @@ import harness
 import peers
 from conftest import Certificates
 from harness import LogRecord, ProxyProcess
-from peers import Script, Upstream, Wire, answer, answer_all, chunk, connect, ok
+from peers import Script, TlsWire, Upstream, Wire, answer, answer_all, chunk, connect, ok
 from proxy.aborts import Abort
 from proxy.config import load_settings
 from proxy.upstream import upstream_pool
@@ -381,6 +382,64 @@ def test_max_head_size_is_the_largest_head_that_passes(size: int, parts: int) ->
         assert wire.read_response().status == (200 if size == 2048 else 431)
         record = sole_record(proxy)
     assert record["bytes"]["client_read"] == 2048
+
+
+# -- broken TLS -------------------------------------------------------------------------------------------------------
+
+
+def send_with_broken_record(wire: Wire, octets: bytes) -> None:
+    """Send octets and, in the same segment, a record that does not decrypt."""
+    assert isinstance(wire, TlsWire)
+    wire.tls.write(octets)
+    wire.sock.sendall(wire._outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+
+
+def check_broken(record: LogRecord, side: str, phase: str) -> None:
+    """Check that a record blames the broken record of TLS, and no end that there was not."""
+    harness.check_record(record)
+    assert (record["event"], record["side"]) == ("request.abort", side)
+    assert (record["phase"], record["cause"]) == (phase, "tls")
+    assert record["exception"]["class"] == "SSLError"
+    assert "without close_notify" not in record["message"]
+
+
+@pytest.mark.parametrize(
+    ("octets", "phase"),
+    [(b"GET / HTT", "request_head"), (post(b"abc", length=10), "request_body"), (get(), "response_head")],
+    ids=["head", "body", "request"],
+)
+def test_a_broken_record_behind_octets_of_the_client_is_no_end(
+    octets: bytes, phase: str, certificates: Certificates
+) -> None:
+    own = ("--tls-cert", certificates.server, "--tls-key", certificates.server)
+    with (
+        Upstream(peers.silent) as upstream,
+        ProxyProcess(upstream.url, *own) as proxy,
+        connect(proxy.address, certificates.client_context()) as wire,
+    ):
+        send_with_broken_record(wire, octets)
+        with contextlib.suppress(ssl.SSLError):  # an alert may come
+            wire.await_end()
+        check_broken(sole_record(proxy), "client", phase)
+
+
+def test_a_broken_record_behind_octets_of_upstream_is_no_end(certificates: Certificates) -> None:
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        send_with_broken_record(wire, LONG + b"abc")
+        wire.await_end()
+
+    with (
+        Upstream(script, "tls", tls=certificates.server_context()) as upstream,
+        ProxyProcess(upstream.url, "--upstream-ca", certificates.ca) as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.get()
+        response = wire.read_response()
+        record = sole_record(proxy)
+        check_broken(record, "upstream", "response_body")
+    assert (response.body, response.whole) == (b"abc", False)
+    assert record["bytes"]["response_body"] == 3
 
 
 # -- peers that wait --------------------------------------------------------------------------------------------------
