@@ -523,8 +523,9 @@ class ClientConnection:
                 try:
                     self._connect(connection, head)
                 except Abort:
-                    relay.count_unsent(body)
+                    relay.count_unsent(body + self._residue)
                     raise
+                body, self._residue = body + self._residue, b""
                 waiter.watches[:] = base_watches
             upstream = connection.endpoint
             assert upstream is not None
@@ -581,8 +582,17 @@ class ClientConnection:
         def wait(fd: int, events: int, at_most_s: float | None) -> bool:
             due_at = None if at_most_s is None else time.monotonic() + at_most_s
             mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
+            reads_ahead = mask != 0 and not self.client.can_splice
             while True:
+                if reads_ahead:
+                    # Under TLS only a read tells the end of the client's side, and whether it is an orderly one.
+                    if self.client.has_unread:
+                        self._read_ahead()
+                    room = len(self._residue) < _HEAD_READ
+                    mask = POLLRDHUP | (self.client.read_event if room else 0)
                 client_ready, upstream_ready, now = waiter.wait(mask, fd, events, due_at)
+                if reads_ahead and client_ready:
+                    self._read_ahead()
                 if client_ready & HUNG_UP:
                     failed = bool(client_ready & select.POLLERR)
                     raise Abort(
@@ -603,6 +613,21 @@ class ClientConnection:
             raise
         finally:
             waiter.forget_upstream()
+
+    def _read_ahead(self) -> None:
+        """Read what the client sends under TLS while upstream is being connected. Raises: Abort at its end."""
+        if len(self._residue) >= _HEAD_READ:
+            return
+        try:
+            octets = self.client.read(_HEAD_READ, NO_WAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            limit = dead_peer_limit(self.settings, self.client)
+            raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
+        if not octets:
+            raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
+        self._residue += octets
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import os
 import pathlib
+import signal
 import ssl
 import subprocess
 import sys
@@ -21,7 +22,10 @@ _LONG_AGO = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the markers."""
+    """Name the markers, and let Ctrl-C through."""
+    # Whoever starts the tests in the background may have it ignored, which docker and others would inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "netns: needs root, for network namespaces")
     config.addinivalue_line("markers", "docker: needs a docker daemon")
     config.addinivalue_line("markers", "slow: takes more than some seconds")

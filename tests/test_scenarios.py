@@ -773,9 +773,10 @@ BY_CLIENT = [
           cause="reset", status=200, over=RESETS, within_s=2.0),
     abort("a FIN without close_notify in the response", leave(get(), "cut", "body"), peers.answer_and_wait(LONG + b"abcd"),
           side="client", phase="response_body", cause="tls", status=200, over=(TLS_CLIENT,), body=(0, 4), within_s=2.0),
-    # Under TLS a close_notify without a FIN is not seen before the next read, which is after the connect.
     abort("a FIN while upstream is connected", leave(get(), "fin"), unused, side="client", phase="connect", cause="closed",
-          url=full_url, reached=False, over=(PLAIN,), within_s=2.0),
+          url=full_url, reached=False, over=(PLAIN, TLS_CLIENT), within_s=2.0),
+    abort("a FIN without close_notify while upstream is connected", leave(get(), "cut"), unused, side="client", phase="connect",
+          cause="tls", url=full_url, reached=False, over=(TLS_CLIENT,), within_s=2.0),
     abort("a reset while upstream is connected", leave(get(), "reset"), unused, side="client", phase="connect", cause="reset",
           status=None, url=full_url, reached=False, over=(PLAIN,), within_s=2.0),
     abort("a deadline while upstream is connected", request(get()), unused, ("--client-write-deadline", T), side="client",
