@@ -3176,6 +3176,11 @@ class Endpoint:
         self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
         self.pulse = pulse
 
+    @property
+    def mid_write(self) -> bool:
+        """Whether the peer may have got a part of what no write has reported as taken: no other octets can follow."""
+        return False
+
     def become_patient(self, seconds: float) -> None:
         """Let reads without ``NO_WAIT`` wait for so long, less than a second."""
         if self.sock.getblocking():
@@ -3256,6 +3261,11 @@ class TlsEndpoint(Endpoint):
     def fileno(self) -> int:
         """Returns: the descriptor, -1 after close."""
         return self.sock.fileno()
+
+    @property
+    def mid_write(self) -> bool:
+        """Whether a batch of records is half sent."""
+        return self._batch_plain > 0
 
     def handshake(self) -> bool:
         """Take the handshake as far as it goes without waiting.
@@ -4816,7 +4826,7 @@ class Relay:
         assert memory is not None
         while self.response_head is None:
             head_end = octets.find(b"\r\n\r\n")
-            if head_end < 0 or head_end > self.settings.max_head_size.value:
+            if head_end < 0 or head_end > self.settings.max_head_size.value - 4:
                 if len(octets) > self.settings.max_head_size.value:
                     response.read += len(octets)
                     raise Abort(
@@ -5352,7 +5362,7 @@ class Record:
         sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
         if (
             self.attempts
-            or len(head.target) > _LONG_TARGET
+            or len(head.method) + len(head.target) > _LONG_TARGET
             or head_at is None
             or connected_at is None
             or sent_at is None
@@ -6241,6 +6251,12 @@ class ClientConnection:
                 if reads_ahead and client_ready:
                     self._read_ahead()
                 if client_ready & HUNG_UP:
+                    number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if number:
+                        # A reset, or the kernel's verdict that nobody is there any more.
+                        error = OSError(number, os.strerror(number))
+                        dead = dead_peer_limit(self.settings, self.client)
+                        raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, dead)
                     failed = bool(client_ready & select.POLLERR)
                     raise Abort(
                         Side.CLIENT,
@@ -6396,7 +6412,10 @@ class ClientConnection:
         if gone:
             return
         if relay is None or not (relay.head_out or relay.mid_head):
-            if abort.status is not None:
+            if self.client.mid_write:
+                # A part of the response is out, though no octet of it counts as written: only an end can follow.
+                self._close_mode = "cut"
+            elif abort.status is not None:
                 self._answer(record, abort, abort.status)
                 self._close_mode = "linger"
             return

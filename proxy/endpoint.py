@@ -76,6 +76,11 @@ class Endpoint:
         self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
         self.pulse = pulse
 
+    @property
+    def mid_write(self) -> bool:
+        """Whether the peer may have got a part of what no write has reported as taken: no other octets can follow."""
+        return False
+
     def become_patient(self, seconds: float) -> None:
         """Let reads without ``NO_WAIT`` wait for so long, less than a second."""
         if self.sock.getblocking():
@@ -156,6 +161,11 @@ class TlsEndpoint(Endpoint):
     def fileno(self) -> int:
         """Returns: the descriptor, -1 after close."""
         return self.sock.fileno()
+
+    @property
+    def mid_write(self) -> bool:
+        """Whether a batch of records is half sent."""
+        return self._batch_plain > 0
 
     def handshake(self) -> bool:
         """Take the handshake as far as it goes without waiting.

@@ -594,6 +594,12 @@ class ClientConnection:
                 if reads_ahead and client_ready:
                     self._read_ahead()
                 if client_ready & HUNG_UP:
+                    number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if number:
+                        # A reset, or the kernel's verdict that nobody is there any more.
+                        error = OSError(number, os.strerror(number))
+                        dead = dead_peer_limit(self.settings, self.client)
+                        raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, dead)
                     failed = bool(client_ready & select.POLLERR)
                     raise Abort(
                         Side.CLIENT,
@@ -749,7 +755,10 @@ class ClientConnection:
         if gone:
             return
         if relay is None or not (relay.head_out or relay.mid_head):
-            if abort.status is not None:
+            if self.client.mid_write:
+                # A part of the response is out, though no octet of it counts as written: only an end can follow.
+                self._close_mode = "cut"
+            elif abort.status is not None:
                 self._answer(record, abort, abort.status)
                 self._close_mode = "linger"
             return

@@ -272,7 +272,7 @@ class Record:
         sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
         if (
             self.attempts
-            or len(head.target) > _LONG_TARGET
+            or len(head.method) + len(head.target) > _LONG_TARGET
             or head_at is None
             or connected_at is None
             or sent_at is None

@@ -662,7 +662,7 @@ class Relay:
         assert memory is not None
         while self.response_head is None:
             head_end = octets.find(b"\r\n\r\n")
-            if head_end < 0 or head_end > self.settings.max_head_size.value:
+            if head_end < 0 or head_end > self.settings.max_head_size.value - 4:
                 if len(octets) > self.settings.max_head_size.value:
                     response.read += len(octets)
                     raise Abort(

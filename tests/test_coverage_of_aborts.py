@@ -24,6 +24,7 @@ ELSEWHERE: dict[str, tuple[Way, ...]] = {
     "test_networks.test_an_upstream_that_vanishes_in_mid_answer": (("upstream", "response_body", "dead_peer"),),
     "test_networks.test_an_upstream_that_vanishes_in_mid_request": (("upstream", "request_body", "dead_peer"),),
     "test_networks.test_an_upstream_that_vanishes_in_a_tunnel": (("upstream", "tunnel", "dead_peer"),),
+    "test_networks.test_a_client_that_vanishes_while_upstream_is_connected": (("client", "connect", "dead_peer"),),
     "test_networks.test_an_upstream_that_vanishes_in_the_handshake": (("upstream", "tls_handshake", "dead_peer"),),
     "test_hostile.test_an_upstream_that_resets_between_connect_and_first_look": (("upstream", "connect", "reset"),),
     "test_workers.test_a_half_head_is_recorded_when_the_drain_ends": (("proxy", "request_head", "shutdown"),),
@@ -52,12 +53,6 @@ NOT_MADE: tuple[tuple[Side, tuple[Phase, ...], tuple[Cause, ...], str], ...] = (
     (Side.PROXY, (Phase.TLS_HANDSHAKE,), tuple(Cause), _NO_RECORD),
     (Side.PROXY, tuple(Phase), (Cause.KILLED,), _ADMIN),
     (Side.PROXY, tuple(Phase), (Cause.INTERNAL, Cause.RESOURCE), _INJECTED),
-    (
-        Side.CLIENT,
-        (Phase.CONNECT,),
-        (Cause.DEAD_PEER,),
-        "the client owes no answer then, but to keepalive probes, which take longer than upstream_connect_timeout",
-    ),
     (Side.CLIENT, (Phase.REQUEST_HEAD,), (Cause.UNAUTHORIZED,), "this version asks nobody for credentials"),
 )
 

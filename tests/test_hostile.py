@@ -6,6 +6,7 @@ import collections.abc
 import contextlib
 import os
 import select
+import signal
 import socket
 import ssl
 import struct
@@ -382,6 +383,68 @@ def test_max_head_size_is_the_largest_head_that_passes(size: int, parts: int) ->
         assert wire.read_response().status == (200 if size == 2048 else 431)
         record = sole_record(proxy)
     assert record["bytes"]["client_read"] == 2048
+
+
+@pytest.mark.parametrize("parts", [1, 3], ids=["at once", "in parts"])
+@pytest.mark.parametrize("size", [2048, 2049])
+def test_max_head_size_is_the_largest_head_of_upstreams_that_passes(size: int, parts: int) -> None:
+    octets = ok(b"", b"X: y\r\n")
+    octets = octets.replace(b"X: y", b"X: " + b"y" * (1 + size - len(octets)))
+    assert len(octets) == size
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send_in_parts(octets, -(-size // parts), 0.02)
+        wire.await_end()
+
+    with served(script, "--max-head-size", "2048") as (_, proxy, wire):
+        wire.get()
+        assert wire.read_response().status == (200 if size == 2048 else 502)
+        record = sole_record(proxy)
+    if size == 2049:
+        assert (record["phase"], record["cause"]) == ("response_head", "limit")
+
+
+@pytest.mark.parametrize("script", [answer_all(ok()), peers.answer_and_close(b"")], ids=["complete", "abort"])
+@pytest.mark.parametrize("part", ["method", "target"])
+def test_no_request_makes_a_line_of_the_log_too_long(part: str, script: Script) -> None:
+    method, target = (b"M" * 60_000, b"/") if part == "method" else (b"GET", b"/" + b"\\" * 60_000)
+    with served(script) as (_, proxy, wire):
+        wire.send(method + b" " + target + b" HTTP/1.1\r\nHost: t\r\n\r\n")
+        assert wire.read_response().whole
+        record = sole_record(proxy)  # reading the log checks the length of its lines
+    logged = record[part]
+    assert 1000 < len(logged) < 32_768
+
+
+# -- responses that the client does not take --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10_777, 12_554])  # where the kernel stops taking octets is a matter of chance
+def test_no_answer_of_ours_is_put_into_half_a_response_under_tls(size: int, certificates: Certificates) -> None:
+    """A record of TLS may be half sent when the proxy ends: no octet of it counts as written, and yet only its other
+    half can follow.
+    """
+    own = ("--tls-cert", certificates.server, "--tls-key", certificates.server, "--drain-timeout", "0.2")
+    with (
+        Upstream(answer_all(ok(b"x" * size))) as upstream,
+        ProxyProcess(upstream.url, *own) as proxy,
+        connect(proxy.address, certificates.client_context(), receive_buffer=8192) as wire,
+    ):
+        wire.send(get() * 1000)
+        settled = 0
+        while settled != (settled := len(proxy.requests())) or not settled:
+            time.sleep(0.3)  # until the responses stand still
+        proxy.send_signal(signal.SIGTERM)
+        time.sleep(0.6)  # the drain is over, and an answer would wait for the client to take it for a second
+        wire.read_to_end()
+        proxy.await_stop()
+        records = proxy.requests()
+    assert records[-1]["cause"] == "shutdown"
+    assert records[-1]["status"] in (200, None)
+    begun = bytes(wire.received).count(b"HTTP/1.1 200 OK\r\n")
+    assert begun == sum(record["status"] == 200 for record in records)
+    assert wire.received.count == sum(record["bytes"]["client_written"] for record in records)
 
 
 # -- broken TLS -------------------------------------------------------------------------------------------------------

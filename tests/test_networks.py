@@ -6,6 +6,7 @@ The proxy runs in one network namespace, the peer in another, on a link that dro
 import collections.abc
 import contextlib
 import dataclasses
+import signal
 import time
 
 import pytest
@@ -155,6 +156,39 @@ def test_a_client_that_vanishes_in_its_head(network: netns.Network) -> None:
         record = scene.abort(FOUND_S)
         assert _words(record) == ("request.abort", "client", "request_head", "dead_peer")
         _check_dead(record, "client")
+
+
+def test_a_client_that_vanishes_while_upstream_is_connected(network: netns.Network) -> None:
+    network.restore()
+    with contextlib.ExitStack() as stack:
+        with netns.inside(network.here):
+            port = stack.enter_context(peers.full_listener())
+        options = ("--upstream-connect-timeout", "none", *DEAD)
+        proxy = stack.enter_context(
+            harness.ProxyProcess(
+                f"http://127.0.0.1:{port}", *options, listen=f"{netns.HERE_IP}:0", namespace=network.here
+            )
+        )
+        stack.callback(network.restore)
+        with netns.inside(network.there):
+            wire = stack.enter_context(peers.connect(proxy.address))
+        wire.get()
+        _await_inflight(proxy)
+        network.drop()
+        record = proxy.wait_requests(1, FOUND_S + 2.0)[0]
+        harness.check_record(record)
+        assert _words(record) == ("request.abort", "client", "connect", "dead_peer")
+        _check_dead(record, "client")
+
+
+def _await_inflight(proxy: harness.ProxyProcess) -> None:
+    """Wait until a request has begun for the proxy."""
+
+    def is_running() -> bool:
+        proxy.send_signal(signal.SIGUSR2)
+        return any(record["event"] == "request.inflight" for record in proxy.records())
+
+    harness.wait_until(is_running)
 
 
 def test_an_upstream_that_vanishes_in_the_handshake(network: netns.Network, certificates: Certificates) -> None:
