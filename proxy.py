@@ -3428,6 +3428,7 @@ class TlsEndpoint(Endpoint):
         self.sock.close()
         # Its own methods make a circle of the endpoint; without it, the TLS state goes at once.
         self.read, self.read_into, self.write = self.sock.recv, self.sock.recv_into, self.sock.send
+        self._failure = None  # so does an error, through the frames of its traceback
 
 
 AnyEndpoint = Endpoint | TlsEndpoint
