@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import struct
+import threading
 import time
 
 import pytest
@@ -181,6 +182,42 @@ def test_behind_a_response_that_was_cut_no_request_is_served(cut: bytes) -> None
         record = sole_record(proxy)
         assert (record["event"], record["target"]) == ("request.abort", "/1")
         assert not any(b"/2" in wire.received.octets for wire in upstream.wires)
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_an_early_answer_that_is_whole_before_the_client_leaves(tls: bool, certificates: Certificates) -> None:
+    """Both are seen at once. The client has all that it is going to get: its end is none of the request's business."""
+    options = ("--tls-cert", certificates.server, "--tls-key", certificates.server) if tls else ()
+    context = certificates.client_context() if tls else None
+    answer_now = threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        assert answer_now.wait(10)
+        wire.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 5\r\nConnection: close\r\n\r\nlarge")
+        wire.await_end()
+
+    with (
+        Upstream(script) as upstream,
+        ProxyProcess(upstream.url, *options) as proxy,
+        connect(proxy.address, context) as wire,
+    ):
+        wire.send(post(b"x" * 1000, length=2_000_000))
+        upstream.await_head()
+        time.sleep(0.1)  # until the proxy waits for both
+        for pid in proxy.worker_pids():
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            answer_now.set()
+            wire.cut_write()
+            time.sleep(0.2)
+        finally:
+            for pid in proxy.worker_pids():
+                os.kill(pid, signal.SIGCONT)
+        assert wire.read_response("POST").status == 413
+        record = sole_record(proxy)
+    assert record["event"] == "request.complete"
+    assert (record["status"], record["bytes"]["response_body"]) == (413, 5)
 
 
 # -- repeated on a fresh connection -----------------------------------------------------------------------------------
