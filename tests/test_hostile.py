@@ -207,6 +207,7 @@ def test_an_early_answer_that_is_whole_before_the_client_leaves(tls: bool, certi
         time.sleep(0.1)  # until the proxy waits for both
         for pid in proxy.worker_pids():
             os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.1)  # until all its threads have stopped
         try:
             answer_now.set()
             wire.cut_write()
