@@ -34,7 +34,6 @@ class NoBody:
     __slots__ = ()
     complete = True
     content = 0
-    chunk_size = 0
     ends_with_connection = False
     between_chunks = True
     mark: Mark = (0, 0, 0, b"")
@@ -50,13 +49,6 @@ class NoBody:
     def skip(self, count: int) -> None:
         """Never called with more than 0."""
 
-    def chunk_ahead(self, octets: bytes) -> tuple[int, int]:
-        """Returns: (0, 0): there are no chunks."""
-        return 0, 0
-
-    def begin_chunk(self, size: int) -> None:
-        """Never called, as no chunk is ever ahead."""
-
     def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
         """Returns: 0."""
         return 0
@@ -69,7 +61,6 @@ class LengthFraming:
     """A body of a length announced in the head (RFC 9112 §6.2)."""
 
     __slots__ = ("complete", "content", "remaining")
-    chunk_size = 0
     ends_with_connection = False
     between_chunks = True
 
@@ -99,13 +90,6 @@ class LengthFraming:
         self.remaining -= count
         self.content += count
         self.complete = self.remaining == 0
-
-    def chunk_ahead(self, octets: bytes) -> tuple[int, int]:
-        """Returns: (0, 0): there are no chunks."""
-        return 0, 0
-
-    def begin_chunk(self, size: int) -> None:
-        """Never called, as no chunk is ever ahead."""
 
     @property
     def mark(self) -> Mark:
@@ -142,10 +126,7 @@ class ConnectionFraming(LengthFraming):
 
 _CHUNK_SIZE, _CHUNK_DATA, _CHUNK_END, _TRAILER = range(4)
 # What stands between two chunks where nobody makes use of extensions.
-_PLAIN_LINES = {
-    _CHUNK_SIZE: re.compile(rb"([0-9A-Fa-f]{1,8})\r\n"),
-    _CHUNK_END: re.compile(rb"\r\n([0-9A-Fa-f]{1,8})\r\n"),
-}
+_PLAIN_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})\r\n")
 # A recipient that merges trailers into the header section must not find other framing there, another host, options of
 # the connection, or what a client says of its own address and we drop from heads (RFC 9110 §6.5.1).
 _NEVER_IN_TRAILERS = frozenset(
@@ -170,7 +151,6 @@ class ChunkedFraming:
     """
 
     __slots__ = (
-        "chunk_size",
         "complete",
         "content",
         "line",
@@ -184,7 +164,6 @@ class ChunkedFraming:
 
     def __init__(self, max_trailer_size: int = 65536) -> None:
         self.state = _CHUNK_SIZE
-        self.chunk_size = 0  # of the last chunk that began
         self.remaining = 0
         self.content = 0
         self.complete = False
@@ -233,6 +212,8 @@ class ChunkedFraming:
                 self.remaining -= count
                 self.content += count
                 at += count
+                if contents is None:
+                    at = self._pass_chunks(octets, at, end)
                 continue
             line_end = octets.find(b"\n", at, end)
             if line_end < 0:
@@ -250,7 +231,7 @@ class ChunkedFraming:
                 match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
                 if match is None or len(line) > MAX_CHUNK_LINE:
                     raise MalformedMessage("not a chunk size", at - start, line)
-                self.remaining = self.chunk_size = int(match[1], 16)
+                self.remaining = int(match[1], 16)
                 self.state = _CHUNK_DATA if self.remaining else _TRAILER
             elif self.state == _CHUNK_END:
                 if len(line) != 2:
@@ -259,6 +240,26 @@ class ChunkedFraming:
             else:
                 self._take_trailer_line(bytes(line), at - start)
             at = line_end + 1
+        return at
+
+    def _pass_chunks(self, octets: Octets, at: int, end: int) -> int:
+        """Pass over the chunks that follow one that ends at ``at``, as long as their lines are whole, plain sizes: a
+        third of the work of looking at each line by itself.
+
+        Returns: where they end.
+        """
+        while (match := _PLAIN_LINE.match(octets, at, end)) is not None:
+            size = int(match[1], 16)
+            if not size:
+                break  # the last chunk
+            start = match.end()
+            at = start + size
+            if at > end:
+                self.state = _CHUNK_DATA
+                self.remaining = at - end
+                self.content += end - start
+                return end
+            self.content += size
         return at
 
     def _hold(self, part: Octets, octet: int) -> None:
@@ -303,23 +304,6 @@ class ChunkedFraming:
         self.content += count
         if not self.remaining:
             self.state = _CHUNK_END
-
-    def chunk_ahead(self, octets: bytes) -> tuple[int, int]:
-        """Look at octets that come next, between two chunks, and take none of them.
-
-        Returns: how many of them precede the content of the next chunk, and the size of that content; (0, 0) where they
-        do not show it, or show anything else than a plain line: ``feed`` judges those.
-        """
-        plain = _PLAIN_LINES.get(self.state)
-        if plain is None or self.line:
-            return 0, 0
-        match = plain.match(octets)
-        return (match.end(), int(match[1], 16)) if match is not None else (0, 0)
-
-    def begin_chunk(self, size: int) -> None:
-        """Take the octets that ``chunk_ahead`` saw before a chunk as passed."""
-        self.state = _CHUNK_DATA
-        self.remaining = self.chunk_size = size
 
 
 Framing = NoBody | LengthFraming | ConnectionFraming | ChunkedFraming

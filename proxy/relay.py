@@ -34,9 +34,6 @@ _BULK_BUFFER = 512 * 1024
 # Below this, two system calls through a pipe cost more than copying (scripts/bench measures both).
 _SPLICE_MIN = 128 * 1024
 _SPLICE_AT_ONCE = 1024 * 1024
-# Chunks of this size pass through the pipe with their lines, of which one is looked at for each: a system call more.
-_SPLICE_CHUNK_MIN = 16 * 1024
-_CHUNK_LINE_PEEK = 16
 # What a client may send ahead of its turn while its response is awaited under TLS, where poll can't tell a FIN from
 # data.
 _MAX_RESIDUE = 64 * 1024
@@ -84,7 +81,6 @@ class Flow:
         "framing",
         "last_read_at",
         "last_written_at",
-        "lines",
         "mark",
         "octets",
         "pending",
@@ -111,7 +107,6 @@ class Flow:
         self.bulk = False  # the last read filled what it was given
         self.buffer: tuple[bytearray, memoryview] | None = None  # used again and again by a flow in bulk
         self.pipe: SplicePipe | None = None
-        self.lines: list[tuple[int, int]] = []  # framing among what is in the pipe, counted as ``read`` is
         self.read = 0  # octets of this request, head and framing included, that crossed the source's socket
         self.written = 0  # and the sink's
         self.content_before = 0  # content relayed by an earlier framing of this flow (before a tunnel)
@@ -140,7 +135,6 @@ class Flow:
                 self.last_written_at = now = time.monotonic()
                 if watch is not None:
                     watch.progress(now)
-            self.lines.clear()
         start, end = self.start, self.end
         if start < end:
             octets: Octets | memoryview = self.octets
@@ -157,9 +151,8 @@ class Flow:
     def relayed_content(self) -> int:
         """Returns: the octets of content that were written to the sink."""
         count = self.content_before + self.framing.content
-        if self.pipe is not None and self.pipe.held:
-            held_from = self.read - self.pipe.held
-            count -= self.pipe.held - sum(end - max(start, held_from) for start, end in self.lines if end > held_from)
+        if self.pipe is not None:
+            count -= self.pipe.held
         if self.start < self.end:
             if self.dechunk:
                 count -= self.end - max(self.start, self.fed_from)
@@ -512,7 +505,8 @@ class Relay:
 
     def _pump_request(self, now: float) -> None:
         request, client = self.request, self.client
-        if self._can_splice(request) and self._splice(request, now):
+        if self._can_splice(request):
+            self._splice(request, now)
             return
         octets: bytes | bytearray
         try:
@@ -595,7 +589,8 @@ class Relay:
     def _read_upstream(self, now: float, *, soon: bool = False) -> None:
         response, upstream = self.response, self.upstream
         assert upstream is not None
-        if self.response_head is not None and self._can_splice(response) and self._splice(response, now):
+        if self.response_head is not None and self._can_splice(response):
+            self._splice(response, now)
             return
         octets: bytes | bytearray
         try:
@@ -839,9 +834,7 @@ class Relay:
     def _can_splice(self, flow: Flow) -> bool:
         """Whether the next octets are worth, and allowed, to pass from socket to socket inside the kernel."""
         opaque = flow.framing.opaque()
-        if opaque < _SPLICE_MIN and not (flow.bulk and flow.framing.chunk_size >= _SPLICE_CHUNK_MIN):
-            return False
-        if flow.dechunk or flow.tail is not None:
+        if opaque < _SPLICE_MIN or flow.dechunk or flow.tail is not None:
             return False
         if flow.framing.ends_with_connection and not flow.bulk:
             return False
@@ -850,7 +843,13 @@ class Relay:
         assert sink is not None
         if not (source.can_splice and sink.can_splice):
             return False
-        if flow.framing.content + opaque > self._most_content(flow):
+        bound = self.settings.max_body_size
+        if (
+            bound is not None
+            and flow is self.request
+            and not self.tunnel
+            and flow.framing.content + opaque > bound.value
+        ):
             return False  # a chunk that passes the bound: copied, so that it is noticed where it does
         if flow.pipe is None:
             flow.pipe = self.pipes.take()
@@ -858,34 +857,29 @@ class Relay:
             sink.prepare_splice()
         return flow.pipe is not None
 
-    def _most_content(self, flow: Flow) -> int:
-        """Returns: how much content may pass, in octets."""
-        bound = self.settings.max_body_size
-        return ENDLESS if bound is None or flow is not self.request or self.tunnel else bound.value
-
-    def _splice(self, flow: Flow, now: float) -> bool:
-        """Move octets from socket to socket by way of a pipe.
-
-        Returns: False if the next ones have to be looked at, and were left where they are.
-        """
+    def _splice(self, flow: Flow, now: float) -> None:
+        """Move opaque octets from socket to socket by way of a pipe."""
+        source, sink, pipe = flow.source, flow.sink, flow.pipe
+        assert source is not None
+        assert sink is not None
+        assert pipe is not None
         try:
-            count = self._fill_pipe(flow)
+            count = pipe.fill(source.fd, min(flow.framing.opaque(), _SPLICE_AT_ONCE))
         except BlockingIOError:
-            return True
+            return
         except OSError as error:
             if flow is self.response and self.broken is not None:
                 raise self.broken from self.broken.original
-            assert flow.source is not None
-            raise self._abort(flow.source, Operation.READ, error) from error
-        if count is None:
-            return False
+            raise self._abort(source, Operation.READ, error) from error
         if not count:
             if flow is self.request:
                 self._request_source_ended(now)
             else:
                 self._response_source_ended(now)
-            return True
+            return
+        flow.framing.skip(count)
         flow.pending = True
+        flow.read += count
         flow.last_read_at = now
         if self.tunnel_watch is not None:
             self.tunnel_watch.progress(now)
@@ -898,47 +892,6 @@ class Relay:
             if self.upstream_read_watch is not None:
                 self.upstream_read_watch.progress(now)
             self._flush_response(now)
-        return True
-
-    def _fill_pipe(self, flow: Flow) -> int | None:
-        """Fill the flow's pipe with opaque octets, and with the plain lines between large chunks.
-
-        Returns: how many octets; 0 at the end of the stream; None if the next ones have to be looked at.
-        Raises: BlockingIOError if there are none; OSError.
-        """
-        framing, source, pipe = flow.framing, flow.source, flow.pipe
-        assert source is not None
-        assert pipe is not None
-        before = flow.read
-        while pipe.held < _SPLICE_AT_ONCE:
-            line = b""
-            ahead = 0
-            size = framing.opaque()
-            try:
-                if not size:
-                    line = source.read(_CHUNK_LINE_PEEK, socket.MSG_PEEK | NO_WAIT)
-                    ahead, size = framing.chunk_ahead(line)
-                    if size < _SPLICE_CHUNK_MIN or framing.content + size > self._most_content(flow):
-                        return flow.read - before or None
-                count = pipe.fill(source.fd, min(ahead + size, _SPLICE_AT_ONCE))
-            except BlockingIOError:
-                if pipe.held:
-                    break
-                raise
-            if not count:
-                break
-            if ahead:
-                flow.lines.append((flow.read, flow.read + min(count, ahead)))
-                if count < ahead:
-                    framing.feed(line, 0, count)
-                else:
-                    framing.begin_chunk(size)
-            flow.read += count
-            if count > ahead:
-                framing.skip(count - ahead)
-            if framing.opaque() or framing.complete:
-                break  # all that has come, or all there is
-        return flow.read - before
 
     def _release_pipe(self, flow: Flow) -> None:
         if flow.pipe is not None:

@@ -1,5 +1,5 @@
-"""Large chunks, which pass from socket to socket unread with their lines: what arrives, and what the record says of it,
-where the stream is whole, where it is cut, and where it is wrong.
+"""Bodies of many chunks, small ones and large ones that pass from socket to socket unread: what arrives, and what the
+record says of it, where the stream is whole, where it is cut, and where it is wrong.
 """
 
 import collections.abc

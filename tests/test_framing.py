@@ -184,46 +184,6 @@ def test_opaque_octets_may_pass_unseen(body: tuple[bytes, bytes], counts: list[i
     assert (at, framing.content) == (len(octets), len(content))
 
 
-@given(_bodies(), st.lists(st.integers(1, 40), max_size=40))
-def test_lines_between_chunks_may_pass_after_a_look(body: tuple[bytes, bytes], counts: list[int]) -> None:
-    """Whether a line is fed, or seen ahead and then begun with, makes no difference."""
-    octets, content = body
-    framing = ChunkedFraming()
-    at = 0
-    while not framing.complete:
-        count = counts.pop() if counts else 16
-        state = (framing.content, framing.opaque(), framing.between_chunks)
-        ahead, size = framing.chunk_ahead(octets[at : at + count])
-        assert (framing.content, framing.opaque(), framing.between_chunks) == state
-        if size:
-            assert not framing.opaque()
-            framing.begin_chunk(size)
-            assert (framing.opaque(), framing.chunk_size) == (size, size)
-            at += ahead
-        elif framing.opaque():
-            at += framing.opaque()
-            framing.skip(framing.opaque())
-        else:
-            at = framing.feed(octets, at, min(at + count, len(octets)))
-    assert (at, framing.content) == (len(octets), len(content))
-
-
-@pytest.mark.parametrize(
-    "line", [b"8\n", b"+8\r\n", b"0x8\r\n", b"8 \r\n", b"8_0\r\n", b"8;a\r\n", b"8\r", b"", b"\r\n8\r\n"]
-)
-def test_no_chunk_is_seen_ahead_where_its_line_is_not_plain_and_whole(line: bytes) -> None:
-    assert ChunkedFraming().chunk_ahead(line) == (0, 0)
-    behind = ChunkedFraming()
-    behind.feed(b"1\r\nx", 0, 4)
-    if line != b"\r\n8\r\n":
-        assert behind.chunk_ahead(line) == behind.chunk_ahead(b"\r\n" + line) == (0, 0)
-    else:
-        assert behind.chunk_ahead(line) == (5, 8)
-    partly = ChunkedFraming()
-    partly.feed(b"8", 0, 1)
-    assert partly.chunk_ahead(b"0\r\n") == (0, 0)
-
-
 def test_between_chunks() -> None:
     octets = b"5;a\r\nhello\r\n0\r\nX: y\r\n\r\n"
     places = []
