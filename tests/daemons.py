@@ -169,9 +169,11 @@ class _Process:
         self._process: subprocess.Popen[bytes] | None = None
 
     def _start(self, command: list[str]) -> None:
+        # containerd, asked to say why it takes so long to end, leaves its stacks where temporary files go.
+        environment = clean_environment(TMPDIR=str(self.directory))
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=clean_environment(), cwd=self.directory
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=self.directory
             )
 
     @property
