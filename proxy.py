@@ -817,6 +817,12 @@ def upgrade_lines(section: HeaderSection) -> bytes:
     return b"Upgrade: %b\r\nConnection: Upgrade\r\n" % b", ".join(values) if values else b""
 
 
+def upgrade_protocols(section: HeaderSection) -> set[bytes]:
+    """Returns: the protocols of the Upgrade field, in lower case, as they are to be compared (RFC 9110 §7.8)."""
+    values = section.known.get(b"upgrade", ())
+    return {name.strip(b" \t").lower() for value in values for name in value.split(b",") if name.strip(b" \t")}
+
+
 def via_pseudonym(name: str) -> bytes:
     """Returns: ``name`` as octets for Via. Raises: ValueError if it is no token."""
     octets = name.encode("ascii", "strict")
@@ -944,8 +950,8 @@ class ConnectionFraming(LengthFraming):
 
 
 _CHUNK_SIZE, _CHUNK_DATA, _CHUNK_END, _TRAILER = range(4)
-# What stands between two chunks where nobody makes use of extensions.
-_PLAIN_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})\r\n")
+# A chunk size as nearly all are: without extensions.
+_PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 # A recipient that merges trailers into the header section must not find other framing there, another host, options of
 # the connection, or what a client says of its own address and we drop from heads (RFC 9110 §6.5.1).
 _NEVER_IN_TRAILERS = frozenset(
@@ -1021,6 +1027,10 @@ class ChunkedFraming:
         """
         at = start
         while at < end and not self.complete:
+            if self.state == _CHUNK_SIZE and contents is None and not self.line:
+                at = self._pass_chunks(octets, at, end)
+                if at == end:
+                    break
             if self.state == _CHUNK_DATA:
                 count = end - at
                 if count >= self.remaining:
@@ -1031,8 +1041,6 @@ class ChunkedFraming:
                 self.remaining -= count
                 self.content += count
                 at += count
-                if contents is None:
-                    at = self._pass_chunks(octets, at, end)
                 continue
             line_end = octets.find(b"\n", at, end)
             if line_end < 0:
@@ -1062,12 +1070,12 @@ class ChunkedFraming:
         return at
 
     def _pass_chunks(self, octets: Octets, at: int, end: int) -> int:
-        """Pass over the chunks that follow one that ends at ``at``, as long as their lines are whole, plain sizes: a
-        third of the work of looking at each line by itself.
+        """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes: a third of the
+        work of looking at each line by itself.
 
-        Returns: where they end.
+        Returns: where they end, or the content of the last one, for ``feed`` to go on.
         """
-        while (match := _PLAIN_LINE.match(octets, at, end)) is not None:
+        while (match := _PLAIN_SIZE.match(octets, at, end)) is not None:
             size = int(match[1], 16)
             if not size:
                 break  # the last chunk
@@ -1079,6 +1087,10 @@ class ChunkedFraming:
                 self.content += end - start
                 return end
             self.content += size
+            if octets[at : at + 2] != b"\r\n" or at + 2 > end:
+                self.state = _CHUNK_END
+                break
+            at += 2
         return at
 
     def _hold(self, part: Octets, octet: int) -> None:
@@ -3347,11 +3359,11 @@ class TlsEndpoint(Endpoint):
             self._decrypted = self._decrypted[have:]
         if self._failure is not None and not have:
             raise self._failure
-        read = self.tls.read
+        # Into a buffer it returns a number, which its type stub does not know.
+        read = typing.cast(collections.abc.Callable[[int, memoryview], int], self.tls.read)
         while have < size and self._failure is None:
             try:
-                # Into a buffer it returns a number, which its type stub does not know.
-                count = typing.cast(int, read(size - have, typing.cast(bytearray, buffer[have:])))
+                count = read(size - have, buffer[have:])
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     self.flush()  # an answer to a key update
@@ -3384,10 +3396,8 @@ class TlsEndpoint(Endpoint):
         if not self._batch_plain:
             if not self.flush():
                 raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
-            view = memoryview(octets)[:_BATCH_SIZE]
-            taken = 0
-            while taken < len(view):
-                taken += self.tls.write(view[taken : taken + _RECORD_SIZE])
+            # OpenSSL makes as many records of it as it takes: memory is never full.
+            taken = self.tls.write(memoryview(octets)[:_BATCH_SIZE])
             self._unsent = self._outgoing.read()
             self._batch_plain = taken
             self._batch_cipher = len(self._unsent)
@@ -4991,8 +5001,12 @@ class Relay:
 
     def _begin_tunnel(self, head: ResponseHead, rest: bytes, now: float, connection: bytes) -> None:
         """From here on octets pass both ways without framing, each direction until its source ends it."""
-        if head.status == 101 and not self.prepared.upgrade:
-            raise MalformedMessage("a 101 response to a request that asked for no upgrade", 0)
+        if head.status == 101:
+            if not self.prepared.upgrade:
+                raise MalformedMessage("a 101 response to a request that asked for no upgrade", 0)
+            chosen = upgrade_protocols(head.section)
+            if not chosen or not chosen <= upgrade_protocols(self.request_head.section):
+                raise MalformedMessage("a 101 response that switches to what the request did not offer", 0)
         request, response = self.request, self.response
         if not request.framing.complete:
             raise MalformedMessage("a switch of protocols before the request was whole", 0)
@@ -6004,9 +6018,9 @@ class ClientConnection:
         begun_at = time.monotonic()
         skipped = False
         client = self.client
-        # A first request is mostly there already, the next one about to come.
+        # A first request, and the next one, are about to come.
         soon = not client.has_unread and (keepalive is None or keepalive.seconds > IDLE_PATIENCE_S)
-        if soon and self.served == 1:
+        if soon and self.served == 0:
             client.become_patient(IDLE_PATIENCE_S)
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).

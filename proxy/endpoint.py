@@ -223,11 +223,11 @@ class TlsEndpoint(Endpoint):
             self._decrypted = self._decrypted[have:]
         if self._failure is not None and not have:
             raise self._failure
-        read = self.tls.read
+        # Into a buffer it returns a number, which its type stub does not know.
+        read = typing.cast(collections.abc.Callable[[int, memoryview], int], self.tls.read)
         while have < size and self._failure is None:
             try:
-                # Into a buffer it returns a number, which its type stub does not know.
-                count = typing.cast(int, read(size - have, typing.cast(bytearray, buffer[have:])))
+                count = read(size - have, buffer[have:])
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     self.flush()  # an answer to a key update
@@ -260,10 +260,8 @@ class TlsEndpoint(Endpoint):
         if not self._batch_plain:
             if not self.flush():
                 raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
-            view = memoryview(octets)[:_BATCH_SIZE]
-            taken = 0
-            while taken < len(view):
-                taken += self.tls.write(view[taken : taken + _RECORD_SIZE])
+            # OpenSSL makes as many records of it as it takes: memory is never full.
+            taken = self.tls.write(memoryview(octets)[:_BATCH_SIZE])
             self._unsent = self._outgoing.read()
             self._batch_plain = taken
             self._batch_cipher = len(self._unsent)

@@ -322,9 +322,9 @@ class ClientConnection:
         begun_at = time.monotonic()
         skipped = False
         client = self.client
-        # A first request is mostly there already, the next one about to come.
+        # A first request, and the next one, are about to come.
         soon = not client.has_unread and (keepalive is None or keepalive.seconds > IDLE_PATIENCE_S)
-        if soon and self.served == 1:
+        if soon and self.served == 0:
             client.become_patient(IDLE_PATIENCE_S)
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).

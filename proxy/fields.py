@@ -213,6 +213,12 @@ def upgrade_lines(section: HeaderSection) -> bytes:
     return b"Upgrade: %b\r\nConnection: Upgrade\r\n" % b", ".join(values) if values else b""
 
 
+def upgrade_protocols(section: HeaderSection) -> set[bytes]:
+    """Returns: the protocols of the Upgrade field, in lower case, as they are to be compared (RFC 9110 §7.8)."""
+    values = section.known.get(b"upgrade", ())
+    return {name.strip(b" \t").lower() for value in values for name in value.split(b",") if name.strip(b" \t")}
+
+
 def via_pseudonym(name: str) -> bytes:
     """Returns: ``name`` as octets for Via. Raises: ValueError if it is no token."""
     octets = name.encode("ascii", "strict")

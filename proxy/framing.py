@@ -125,8 +125,8 @@ class ConnectionFraming(LengthFraming):
 
 
 _CHUNK_SIZE, _CHUNK_DATA, _CHUNK_END, _TRAILER = range(4)
-# What stands between two chunks where nobody makes use of extensions.
-_PLAIN_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})\r\n")
+# A chunk size as nearly all are: without extensions.
+_PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 # A recipient that merges trailers into the header section must not find other framing there, another host, options of
 # the connection, or what a client says of its own address and we drop from heads (RFC 9110 §6.5.1).
 _NEVER_IN_TRAILERS = frozenset(
@@ -202,6 +202,10 @@ class ChunkedFraming:
         """
         at = start
         while at < end and not self.complete:
+            if self.state == _CHUNK_SIZE and contents is None and not self.line:
+                at = self._pass_chunks(octets, at, end)
+                if at == end:
+                    break
             if self.state == _CHUNK_DATA:
                 count = end - at
                 if count >= self.remaining:
@@ -212,8 +216,6 @@ class ChunkedFraming:
                 self.remaining -= count
                 self.content += count
                 at += count
-                if contents is None:
-                    at = self._pass_chunks(octets, at, end)
                 continue
             line_end = octets.find(b"\n", at, end)
             if line_end < 0:
@@ -243,12 +245,12 @@ class ChunkedFraming:
         return at
 
     def _pass_chunks(self, octets: Octets, at: int, end: int) -> int:
-        """Pass over the chunks that follow one that ends at ``at``, as long as their lines are whole, plain sizes: a
-        third of the work of looking at each line by itself.
+        """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes: a third of the
+        work of looking at each line by itself.
 
-        Returns: where they end.
+        Returns: where they end, or the content of the last one, for ``feed`` to go on.
         """
-        while (match := _PLAIN_LINE.match(octets, at, end)) is not None:
+        while (match := _PLAIN_SIZE.match(octets, at, end)) is not None:
             size = int(match[1], 16)
             if not size:
                 break  # the last chunk
@@ -260,6 +262,10 @@ class ChunkedFraming:
                 self.content += end - start
                 return end
             self.content += size
+            if octets[at : at + 2] != b"\r\n" or at + 2 > end:
+                self.state = _CHUNK_END
+                break
+            at += 2
         return at
 
     def _hold(self, part: Octets, octet: int) -> None:

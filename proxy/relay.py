@@ -19,7 +19,7 @@ from .aborts import Abort, malformed_request, malformed_response, socket_abort
 from .config import Settings
 from .docker import hijacks, is_message_stream
 from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
-from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines
+from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines, upgrade_protocols
 from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, Octets, response_framing
 from .grammar import MalformedMessage
 from .head import RequestHead, ResponseHead, SectionMemory, check_partial_head, parse_response_head
@@ -802,8 +802,12 @@ class Relay:
 
     def _begin_tunnel(self, head: ResponseHead, rest: bytes, now: float, connection: bytes) -> None:
         """From here on octets pass both ways without framing, each direction until its source ends it."""
-        if head.status == 101 and not self.prepared.upgrade:
-            raise MalformedMessage("a 101 response to a request that asked for no upgrade", 0)
+        if head.status == 101:
+            if not self.prepared.upgrade:
+                raise MalformedMessage("a 101 response to a request that asked for no upgrade", 0)
+            chosen = upgrade_protocols(head.section)
+            if not chosen or not chosen <= upgrade_protocols(self.request_head.section):
+                raise MalformedMessage("a 101 response that switches to what the request did not offer", 0)
         request, response = self.request, self.response
         if not request.framing.complete:
             raise MalformedMessage("a switch of protocols before the request was whole", 0)

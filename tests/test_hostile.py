@@ -326,6 +326,38 @@ def test_a_tunnel_begins_behind_the_body_of_its_request() -> None:
 
 
 @pytest.mark.parametrize(
+    ("offered", "chosen", "switches"),
+    [
+        ("websocket", "websocket", True),
+        ("websocket", "WebSocket", True),
+        ("h2c, websocket", "websocket", True),
+        ("HTTP/2.0,SHTTP/1.3 , IRC/6.9", "irc/6.9", True),
+        ("tcp", "websocket", False),
+        ("tcp/1", "tcp/2", False),
+        ("tcp", "tcp, websocket", False),
+        ("tcp", "", False),
+        ("tcp", None, False),
+    ],
+)
+def test_upstream_switches_to_no_protocol_but_one_that_was_offered(
+    offered: str, chosen: str | None, switches: bool
+) -> None:
+    field = b"" if chosen is None else f"Upgrade: {chosen}\r\n".encode()
+    answer = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n" + field + b"\r\n"
+    with served(peers.upgrade(answer)) as (_, proxy, wire):
+        wire.send(get("/", f"Connection: Upgrade\r\nUpgrade: {offered}\r\n"))
+        status = wire.read_head().split(b" ")[1]
+        wire.end_write()
+        wire.await_end()
+        record = sole_record(proxy)
+    if switches:
+        assert (status, record["event"], record["status"]) == (b"101", "request.complete", 101)
+    else:
+        assert status == b"502"
+        assert (record["side"], record["phase"], record["cause"]) == ("upstream", "response_head", "protocol")
+
+
+@pytest.mark.parametrize(
     "octets",
     [
         get(),
