@@ -411,12 +411,7 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     if octets == memory.head_octets and memory.response is not None:
         return memory.response
     line_end = octets.find(b"\r\n")
-    match = STATUS_LINE.fullmatch(octets, 0, line_end)
-    if match is None:
-        raise MalformedMessage("not a status line", 0, octets[: min(line_end, 64)])
-    major, minor_digit, status, reason = match.groups()
-    if major != b"1":
-        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", 0, octets[:line_end])
+    minor_digit, status, reason = _parse_status_line(octets, line_end)
     try:
         section = memory.parse(octets[line_end + 2 : -2])
     except MalformedMessage as error:
@@ -428,6 +423,31 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     memory.head_octets = octets
     memory.response = head = ResponseHead(int(status), reason or b"", minor, section, len(octets))
     return head
+
+
+def _parse_status_line(octets: bytes, line_end: int) -> tuple[bytes, bytes, bytes | None]:
+    """Returns: the digit of the minor version, status and reason. Raises: MalformedMessage."""
+    match = STATUS_LINE.fullmatch(octets, 0, line_end)
+    if match is None:
+        raise MalformedMessage("not a status line", 0, octets[: min(line_end, 64)])
+    major, minor_digit, status, reason = match.groups()
+    if major != b"1":
+        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", 0, octets[:line_end])
+    return minor_digit, status, reason
+
+
+def check_partial_response_head(octets: bytes, start: int = 0) -> None:
+    """As ``check_partial_head``, and also find a first line that is no status line: who speaks another protocol (SSH,
+    SMTP) may say no more than that, and wait.
+
+    Raises: MalformedMessage.
+    """
+    check_partial_head(octets, start)
+    line_end = octets.find(b"\r\n")
+    if line_end >= 0:
+        _parse_status_line(octets, line_end)
+    elif not b"HTTP/".startswith(octets[:5]):
+        raise MalformedMessage("not a status line", 0, octets[:64])
 
 
 def check_partial_head(octets: bytes, start: int = 0) -> None:
@@ -1070,8 +1090,8 @@ class ChunkedFraming:
         return at
 
     def _pass_chunks(self, octets: Octets, at: int, end: int) -> int:
-        """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes: a third of the
-        work of looking at each line by itself.
+        """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes: half
+        the work of looking at each line by itself.
 
         Returns: where they end, or the content of the last one, for ``feed`` to go on.
         """
@@ -2255,7 +2275,7 @@ def _key_lines(text: str) -> dict[str, int]:
         try:
             statement = tomllib.loads(pending)
         except tomllib.TOMLDecodeError:
-            continue
+            continue  # not whole yet; what is wrong in the file was found when it was read as a whole
         is_header = pending.lstrip(" \t").startswith("[")
         in_table = in_table or is_header
         if is_header or not in_table:
@@ -4256,7 +4276,7 @@ class PipeStore:
         try:
             return SplicePipe()
         except OSError:
-            return None
+            return None  # no descriptors left, or no splice here: copying does it, too
 
     def give(self, pipe: SplicePipe) -> None:
         """Take a pipe back; one that still holds octets of a broken transfer is closed."""
@@ -4716,7 +4736,7 @@ class Relay:
                 octets = client.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            return
+            return  # nothing to read after all: poll says when
         except OSError as error:
             if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
                 # All that upstream had to say was delivered, its end included. Many clients then close without
@@ -4772,7 +4792,7 @@ class Relay:
             elif self.upstream is not None:
                 self.upstream.end_write()
         except BlockingIOError:
-            return
+            return  # upstream takes no more for now: poll says when
         except OSError as error:
             assert self.upstream is not None
             self._break_request(self._abort(self.upstream, Operation.WRITE, error))
@@ -4804,7 +4824,7 @@ class Relay:
                 octets = upstream.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            return
+            return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
             if self.broken is not None:
                 raise self.broken from self.broken.original
@@ -4874,7 +4894,7 @@ class Relay:
                     )
                 self.head_octets = octets
                 try:
-                    check_partial_head(octets, checked)
+                    check_partial_response_head(octets, checked)
                 except MalformedMessage as error:
                     raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
                 return
@@ -4993,7 +5013,7 @@ class Relay:
             if self.tunnel:
                 self.client.end_write()
         except BlockingIOError:
-            return
+            return  # the client takes no more for now: poll says when
         except OSError as error:
             raise self._abort(self.client, Operation.WRITE, error) from error
 
@@ -5069,7 +5089,7 @@ class Relay:
         try:
             count = pipe.fill(source.fd, min(flow.framing.opaque(), _SPLICE_AT_ONCE))
         except BlockingIOError:
-            return
+            return  # nothing to read after all: poll says when
         except OSError as error:
             if flow is self.response and self.broken is not None:
                 raise self.broken from self.broken.original
@@ -6122,7 +6142,7 @@ class ClientConnection:
             try:
                 more = client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
-                continue
+                continue  # nothing to read after all: wait again, under the same limit
             except OSError as error:
                 limit = dead_peer_limit(self.settings, client)
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
@@ -6323,7 +6343,7 @@ class ClientConnection:
         try:
             octets = self.client.read(_HEAD_READ, NO_WAIT)
         except BlockingIOError:
-            return
+            return  # what came was TLS's own, or a part of a record
         except OSError as error:
             limit = dead_peer_limit(self.settings, self.client)
             raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
@@ -6549,7 +6569,7 @@ class ClientConnection:
             try:
                 octets = sock.recv(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
-                continue
+                continue  # nothing to read after all: wait again, as long as lingering goes on
             except OSError:
                 return  # a reset ends the lingering as well as anything
             if not octets:

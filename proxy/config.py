@@ -544,7 +544,7 @@ def _key_lines(text: str) -> dict[str, int]:
         try:
             statement = tomllib.loads(pending)
         except tomllib.TOMLDecodeError:
-            continue
+            continue  # not whole yet; what is wrong in the file was found when it was read as a whole
         is_header = pending.lstrip(" \t").startswith("[")
         in_table = in_table or is_header
         if is_header or not in_table:

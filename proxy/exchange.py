@@ -426,7 +426,7 @@ class ClientConnection:
             try:
                 more = client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
-                continue
+                continue  # nothing to read after all: wait again, under the same limit
             except OSError as error:
                 limit = dead_peer_limit(self.settings, client)
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
@@ -627,7 +627,7 @@ class ClientConnection:
         try:
             octets = self.client.read(_HEAD_READ, NO_WAIT)
         except BlockingIOError:
-            return
+            return  # what came was TLS's own, or a part of a record
         except OSError as error:
             limit = dead_peer_limit(self.settings, self.client)
             raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
@@ -853,7 +853,7 @@ class ClientConnection:
             try:
                 octets = sock.recv(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
-                continue
+                continue  # nothing to read after all: wait again, as long as lingering goes on
             except OSError:
                 return  # a reset ends the lingering as well as anything
             if not octets:

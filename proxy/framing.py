@@ -245,8 +245,8 @@ class ChunkedFraming:
         return at
 
     def _pass_chunks(self, octets: Octets, at: int, end: int) -> int:
-        """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes: a third of the
-        work of looking at each line by itself.
+        """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes: half
+        the work of looking at each line by itself.
 
         Returns: where they end, or the content of the last one, for ``feed`` to go on.
         """

@@ -217,12 +217,7 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     if octets == memory.head_octets and memory.response is not None:
         return memory.response
     line_end = octets.find(b"\r\n")
-    match = STATUS_LINE.fullmatch(octets, 0, line_end)
-    if match is None:
-        raise MalformedMessage("not a status line", 0, octets[: min(line_end, 64)])
-    major, minor_digit, status, reason = match.groups()
-    if major != b"1":
-        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", 0, octets[:line_end])
+    minor_digit, status, reason = _parse_status_line(octets, line_end)
     try:
         section = memory.parse(octets[line_end + 2 : -2])
     except MalformedMessage as error:
@@ -234,6 +229,31 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     memory.head_octets = octets
     memory.response = head = ResponseHead(int(status), reason or b"", minor, section, len(octets))
     return head
+
+
+def _parse_status_line(octets: bytes, line_end: int) -> tuple[bytes, bytes, bytes | None]:
+    """Returns: the digit of the minor version, status and reason. Raises: MalformedMessage."""
+    match = STATUS_LINE.fullmatch(octets, 0, line_end)
+    if match is None:
+        raise MalformedMessage("not a status line", 0, octets[: min(line_end, 64)])
+    major, minor_digit, status, reason = match.groups()
+    if major != b"1":
+        raise MalformedMessage("an HTTP version other than 1.0 and 1.1", 0, octets[:line_end])
+    return minor_digit, status, reason
+
+
+def check_partial_response_head(octets: bytes, start: int = 0) -> None:
+    """As ``check_partial_head``, and also find a first line that is no status line: who speaks another protocol (SSH,
+    SMTP) may say no more than that, and wait.
+
+    Raises: MalformedMessage.
+    """
+    check_partial_head(octets, start)
+    line_end = octets.find(b"\r\n")
+    if line_end >= 0:
+        _parse_status_line(octets, line_end)
+    elif not b"HTTP/".startswith(octets[:5]):
+        raise MalformedMessage("not a status line", 0, octets[:64])
 
 
 def check_partial_head(octets: bytes, start: int = 0) -> None:

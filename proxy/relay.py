@@ -22,7 +22,7 @@ from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines, upgrade_protocols
 from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, Octets, response_framing
 from .grammar import MalformedMessage
-from .head import RequestHead, ResponseHead, SectionMemory, check_partial_head, parse_response_head
+from .head import RequestHead, ResponseHead, SectionMemory, check_partial_response_head, parse_response_head
 from .kernel import POLLRDHUP, SplicePipe
 from .limits import Bound, Limit, Watch
 from .vocabulary import Cause, Operation, Phase, Side
@@ -57,7 +57,7 @@ class PipeStore:
         try:
             return SplicePipe()
         except OSError:
-            return None
+            return None  # no descriptors left, or no splice here: copying does it, too
 
     def give(self, pipe: SplicePipe) -> None:
         """Take a pipe back; one that still holds octets of a broken transfer is closed."""
@@ -517,7 +517,7 @@ class Relay:
                 octets = client.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            return
+            return  # nothing to read after all: poll says when
         except OSError as error:
             if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
                 # All that upstream had to say was delivered, its end included. Many clients then close without
@@ -573,7 +573,7 @@ class Relay:
             elif self.upstream is not None:
                 self.upstream.end_write()
         except BlockingIOError:
-            return
+            return  # upstream takes no more for now: poll says when
         except OSError as error:
             assert self.upstream is not None
             self._break_request(self._abort(self.upstream, Operation.WRITE, error))
@@ -605,7 +605,7 @@ class Relay:
                 octets = upstream.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            return
+            return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
             if self.broken is not None:
                 raise self.broken from self.broken.original
@@ -675,7 +675,7 @@ class Relay:
                     )
                 self.head_octets = octets
                 try:
-                    check_partial_head(octets, checked)
+                    check_partial_response_head(octets, checked)
                 except MalformedMessage as error:
                     raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
                 return
@@ -794,7 +794,7 @@ class Relay:
             if self.tunnel:
                 self.client.end_write()
         except BlockingIOError:
-            return
+            return  # the client takes no more for now: poll says when
         except OSError as error:
             raise self._abort(self.client, Operation.WRITE, error) from error
 
@@ -870,7 +870,7 @@ class Relay:
         try:
             count = pipe.fill(source.fd, min(flow.framing.opaque(), _SPLICE_AT_ONCE))
         except BlockingIOError:
-            return
+            return  # nothing to read after all: poll says when
         except OSError as error:
             if flow is self.response and self.broken is not None:
                 raise self.broken from self.broken.original

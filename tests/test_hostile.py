@@ -111,6 +111,48 @@ def test_an_upstream_that_resets_whatever_it_accepts_is_never_our_own_bug() -> N
         assert record["phase"] in ("connect", "response_head")
 
 
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"220 mail.test ESMTP\r\n",
+        b"+OK",
+        b"HTTP/1.1 20\r\n",
+        b"HTTX",
+        b"HTTP/3.0 200 OK\r\n",
+    ],
+)
+def test_an_upstream_that_speaks_another_protocol_is_not_waited_for(greeting: bytes) -> None:
+    def script(wire: Wire) -> None:
+        wire.send(greeting)
+        wire.await_end()
+
+    with served(script) as (_, proxy, wire):
+        wire.send(get())
+        assert wire.read_response().status == 502
+        record = sole_record(proxy)
+    assert (record["side"], record["phase"], record["cause"]) == ("upstream", "response_head", "protocol")
+    assert greeting.decode().strip() in record["message"]
+
+
+@pytest.mark.parametrize("part", [b"H", b"HTTP", b"HTTP/", b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r", b"HTTP/1.1 200 OK\r\n"])
+def test_a_status_line_may_come_in_parts(part: bytes) -> None:
+    whole = ok(b"fine")
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(part)
+        time.sleep(0.1)
+        wire.send(whole[len(part) :])
+        wire.await_end()
+
+    with served(script) as (_, proxy, wire):
+        assert whole.startswith(part)
+        wire.send(get())
+        assert wire.read_response().body == b"fine"
+        assert sole_record(proxy)["event"] == "request.complete"
+
+
 # -- requests in a row ------------------------------------------------------------------------------------------------
 
 
