@@ -30,8 +30,9 @@ IDLE_PATIENCE_S = 0.1
 # Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take
 # it, and ciphertext read at once.
 _RECORD_SIZE = 16384
-_BATCH_SIZE = 16 * _RECORD_SIZE
-_CIPHERTEXT_READ = 256 * 1024
+_BATCH_SIZE = 4 * _RECORD_SIZE
+_CIPHERTEXT_READ = 128 * 1024
+_NOTHING = memoryview(b"")
 
 
 class Endpoint:
@@ -81,6 +82,11 @@ class Endpoint:
         """Whether the peer may have got a part of what no write has reported as taken: no other octets can follow."""
         return False
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether a write that took less than all may take more at once."""
+        return False
+
     def become_patient(self, seconds: float) -> None:
         """Let reads without ``NO_WAIT`` wait for so long, less than a second."""
         if self.sock.getblocking():
@@ -116,9 +122,10 @@ class TlsEndpoint(Endpoint):
     """
 
     __slots__ = (
-        "_batch_cipher",
+        "_batch",
         "_batch_plain",
         "_batch_reported",
+        "_batch_sent",
         "_decrypted",
         "_failure",
         "_incoming",
@@ -144,12 +151,13 @@ class TlsEndpoint(Endpoint):
             self._incoming, self._outgoing, server_side=side is Side.CLIENT, server_hostname=server_hostname
         )
         self._decrypted = b""  # read ahead of a half-close
-        self._failure: ssl.SSLError | None = None  # met behind octets that were to be had, for the next read to raise
-        self._unsent = b""  # ciphertext that the socket has not taken
-        # The batch of records being sent: octets of plaintext and ciphertext in it, and of plaintext reported as
-        # written.
+        self._failure: OSError | None = None  # met behind octets that were to be had, for the next read to raise
+        self._unsent = b""  # what TLS itself has to say, and the socket has not taken
+        # The batch of records being sent, how much of it the socket has taken, and of the octets of plaintext in it,
+        # how many were reported as written.
+        self._batch = _NOTHING
+        self._batch_sent = 0
         self._batch_plain = 0
-        self._batch_cipher = 0
         self._batch_reported = 0
         self.can_splice = False
         self.read = self._read
@@ -166,6 +174,11 @@ class TlsEndpoint(Endpoint):
     def mid_write(self) -> bool:
         """Whether a batch of records is half sent."""
         return self._batch_plain > 0
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether the last batch of records went out whole."""
+        return not self._batch_plain
 
     def handshake(self) -> bool:
         """Take the handshake as far as it goes without waiting.
@@ -196,12 +209,14 @@ class TlsEndpoint(Endpoint):
                 self.has_unread = self._incoming.pending > 0  # the first request came right behind the handshake
                 return True
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Returns: whether the socket may have more. Raises: OSError."""
         octets = self.sock.recv(_CIPHERTEXT_READ)
         if octets:
             self._incoming.write(octets)
         else:
             self._incoming.write_eof()
+        return len(octets) == _CIPHERTEXT_READ
 
     def _read(self, size: int, flags: int = 0) -> bytes:
         """Read up to ``size`` octets of plaintext. As ``_read_into``."""
@@ -225,17 +240,26 @@ class TlsEndpoint(Endpoint):
             raise self._failure
         # Into a buffer it returns a number, which its type stub does not know.
         read = typing.cast(collections.abc.Callable[[int, memoryview], int], self.tls.read)
+        more = False  # whether the socket was asked and had at least as much as was wanted
         while have < size and self._failure is None:
             try:
                 count = read(size - have, buffer[have:])
             except ssl.SSLWantReadError:
-                if self._outgoing.pending:
-                    self.flush()  # an answer to a key update
-                if have:
-                    self.has_unread = False
-                    return have
                 self.has_unread = False
-                self._receive()
+                try:
+                    if self._outgoing.pending:
+                        self.flush()  # an answer to a key update
+                    if have and not more:
+                        return have
+                    more = self._receive()
+                except BlockingIOError:
+                    if have:
+                        return have
+                    raise
+                except OSError as error:
+                    if not have:
+                        raise
+                    self._failure = error
                 continue
             except ssl.SSLZeroReturnError:
                 count = 0  # close_notify after we sent ours
@@ -251,8 +275,8 @@ class TlsEndpoint(Endpoint):
         return have
 
     def _write(self, octets: bytes | bytearray | memoryview, flags: int = 0) -> int:
-        """Write plaintext. As with OpenSSL itself, a call that took less than all must be repeated with the octets
-        not taken.
+        """Write plaintext, one batch of records at most; see ``takes_more``. As with OpenSSL itself, a call that took
+        less than all must be repeated with the octets not taken.
 
         Returns: how many octets are in records that the socket took whole.
         Raises: BlockingIOError if none are; OSError.
@@ -261,23 +285,20 @@ class TlsEndpoint(Endpoint):
             if not self.flush():
                 raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
             # OpenSSL makes as many records of it as it takes: memory is never full.
-            taken = self.tls.write(memoryview(octets)[:_BATCH_SIZE])
-            self._unsent = self._outgoing.read()
-            self._batch_plain = taken
-            self._batch_cipher = len(self._unsent)
-            self._batch_reported = 0
-        sent = self.sock.send(self._unsent)
-        if sent == len(self._unsent):
+            self._batch_plain = self.tls.write(memoryview(octets)[:_BATCH_SIZE])
+            self._batch = memoryview(self._outgoing.read())
+            self._batch_sent = self._batch_reported = 0
+        size = len(self._batch)
+        self._batch_sent += self.sock.send(self._batch[self._batch_sent :])
+        if self._batch_sent == size:
             done = self._batch_plain - self._batch_reported
-            self._unsent = b""
             self._batch_plain = 0
+            self._batch = _NOTHING
             return done
-        self._unsent = self._unsent[sent:]
         # All records of a batch but the last are full, and all have the same overhead.
         count = -(-self._batch_plain // _RECORD_SIZE)
-        overhead = (self._batch_cipher - self._batch_plain) // count
-        records = (self._batch_cipher - len(self._unsent)) // (_RECORD_SIZE + overhead)
-        done = records * _RECORD_SIZE - self._batch_reported
+        overhead = (size - self._batch_plain) // count
+        done = self._batch_sent // (_RECORD_SIZE + overhead) * _RECORD_SIZE - self._batch_reported
         if not done:
             raise BlockingIOError(errno.EAGAIN, "the socket took no whole record")
         self._batch_reported += done

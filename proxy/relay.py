@@ -136,7 +136,7 @@ class Flow:
                 if watch is not None:
                     watch.progress(now)
         start, end = self.start, self.end
-        if start < end:
+        while start < end:
             octets: Octets | memoryview = self.octets
             if start or end != len(octets):
                 octets = memoryview(octets)[start:end]
@@ -146,6 +146,8 @@ class Flow:
             self.last_written_at = now
             if watch is not None:
                 watch.progress(now)
+            if start < end and not sink.takes_more:
+                break
         self.pending = start < end
 
     def relayed_content(self) -> int:
