@@ -157,3 +157,28 @@ def test_no_arguments_and_a_docker_socket(checkout: Checkout) -> None:
     assert line["event"] == "server.start"
     assert line["settings"]["upstream"] == {"value": "unix:///var/run/docker.sock", "source": "default"}
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("script", ["soak", "request-cost"])
+def test_scripts_that_start_the_proxy_need_nothing_installed(checkout: Checkout, script: str) -> None:
+    shutil.copytree(harness.ROOT / "tests", checkout.root / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    bare = checkout.elsewhere / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True, timeout=PATIENCE_S)
+    python = str(bare / "bin" / "python")
+    assert subprocess.run([python, "-c", "import urllib3"], stderr=subprocess.DEVNULL, check=False).returncode == 1
+    # What is meant for this Python must not reach the other one.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PROXY_", "PYTHON", "COV"))}
+    options = ["--minutes", "0.02", "--seed", "1"] if script == "soak" else ["--json"]
+    done = subprocess.run(
+        [python, str(checkout.root / "scripts" / script), *options],
+        cwd=checkout.elsewhere,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert "run: making " in done.stderr, done
+    if "strace" in done.stderr:
+        pytest.skip(f"no tracing here: {done.stderr}")
+    assert done.returncode == 0, done.stdout + done.stderr

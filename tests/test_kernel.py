@@ -274,11 +274,12 @@ def _watch(sock: socket.socket, seconds: float, until_silent_s: float | None = N
 
 @pytest.mark.netns
 def test_a_paused_reader_is_never_silent_for_long(link: netns.Network) -> None:
-    with _far_pair(link, 1.0) as (near, _):
+    with _far_pair(link, 2.0) as (near, _):
         _fill(near)
-        worst, _, verdict = _watch(near, 5.0)
+        worst, _, verdict = _watch(near, 6.0)
     assert verdict == "paused"
-    assert worst < 0.95  # a probe may stay unanswered for 0.5 s (tcp_invalid_ratelimit)
+    # A probe may stay unanswered (tcp_invalid_ratelimit); the next one comes within a second.
+    assert worst < 1.5
 
 
 @pytest.mark.netns
@@ -300,9 +301,19 @@ def test_a_dead_peer_with_data_in_flight_is_found(link: netns.Network) -> None:
         link.drop()
         near.sendall(b"y" * 1000)
         worst, took_s, verdict = _watch(near, 8.0, until_silent_s=1.5)
+        # One look counts retransmissions, and these come when the round trip measured before says: the third is sent
+        # between 1.4 and 1.8 s after the data, or a little later on a busy machine.
+        verdicts = {verdict}
+        end = time.monotonic() + 6
+        while "dead" not in verdicts and time.monotonic() < end:
+            time.sleep(0.02)
+            info = kernel.tcp_info(near)
+            assert info is not None
+            verdicts.add(info.verdict())
     assert worst >= 1.5
     assert took_s < 2.5
-    assert verdict == "dead"
+    assert "dead" in verdicts
+    assert verdicts <= {"dead", "slow_network"}
 
 
 @pytest.mark.netns

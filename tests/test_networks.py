@@ -307,11 +307,11 @@ def test_the_user_timeout_ends_a_client_that_vanished_sooner(network: netns.Netw
 def test_a_reader_that_pauses_for_longer_than_any_patience_lives(network: netns.Network) -> None:
     body = BODY * 8
     with _scene(
-        network, peers.answer(peers.ok(body)), "--peer-dead-timeout", "1", far="client", receive_buffer=16384
+        network, peers.answer(peers.ok(body)), "--peer-dead-timeout", "2", far="client", receive_buffer=16384
     ) as scene:
         scene.wire.get()
         scene.wire.read_head()
-        time.sleep(4.0)  # the pause is what is tested
+        time.sleep(6.0)  # the pause is what is tested
         assert scene.wire.read_exactly(len(body)) == body
         record = scene.proxy.wait_requests(1)[0]
         assert record["event"] == "request.complete"
@@ -319,7 +319,7 @@ def test_a_reader_that_pauses_for_longer_than_any_patience_lives(network: netns.
 
 
 def test_a_reader_that_pauses_is_called_paused(network: netns.Network) -> None:
-    options = ("--client-write-timeout", "1.5", "--peer-dead-timeout", "1")
+    options = ("--client-write-timeout", "1.5", "--peer-dead-timeout", "2")
     with _scene(network, peers.flood(LONG), *options, far="client", receive_buffer=16384) as scene:
         scene.wire.get()
         scene.wire.read_head()

@@ -6,10 +6,11 @@ import os
 import pathlib
 import signal
 import statistics
-import subprocess
 import sys
 import time
 import types
+
+import dependencies  # beside scripts/bench
 
 from .figures import Figure, all_figures
 from .machine import Disturbance, Processes, describe_machine, raise_file_limit
@@ -17,7 +18,7 @@ from .peers import PEERS
 from .picture import as_svg
 from .report import DIRECT, OURS, Cells, as_markdown, as_text, summary
 from .stage import FULL, QUICK, CellError, Stage
-from .tools import REPOSITORY, MissingTool, find, say, tell_commit, version
+from .tools import MissingTool, find, say, tell_commit, version
 
 QUICK_FIGURES = ("small-16", "bulk-down", "chunked-down", "trickle")
 # A cell during which others used more of a core than this is measured again.
@@ -64,29 +65,13 @@ def _chosen_peers(words: list[str]) -> list[str]:
             continue
         program = PEERS[name].program
         try:
-            if name == OURS:
-                _probe_ours()
-            elif program is not None:
+            if program is not None:
                 find(program)
         except MissingTool as error:
             say(f"without {name}: {error}")
             continue
         chosen.append(name)
     return chosen
-
-
-def _probe_ours() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "proxy", "--version"],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        words = done.stdout.strip().splitlines() or ["no word"]
-        raise MissingTool(f"python -m proxy --version ended with {done.returncode}: {words[-1][:200]}")
 
 
 def _describe(peers: list[str]) -> str:
@@ -146,6 +131,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
 def main(arguments: list[str]) -> int:
     """Measure and print. Returns: 0, or 1 if a cell was wrong, or 130 if interrupted (with the tables so far)."""
     options = _parse(arguments)
+    dependencies.start_anew_if_missing()
     scale = QUICK if options.quick else FULL
     words = options.figures.split(",") if options.figures else (list(QUICK_FIGURES) if options.quick else None)
     figures = _chosen_figures(words, all_figures(scale))
