@@ -682,6 +682,9 @@ def test_waiting_costs_no_time_of_the_processor(kind: str, half_close: str, cert
         begin(hold(SWITCHED), get(extra=UPGRADE), head=True, fill=True, end=True)
         begin(hold(SWITCHED, end=True, fill=True), get(extra=UPGRADE), head=True)
         time.sleep(0.1)  # until all have come to their waits, which shows nowhere
-        used_s = proxy.cpu_s()
-        time.sleep(0.4)  # what is measured
-        assert proxy.cpu_s() - used_s < 0.15
+        spans: list[float] = []
+        while len(spans) < 3 and min(spans, default=1.0) >= 0.15:  # a loop that spins does so in each of them
+            used_s = proxy.cpu_s()
+            time.sleep(0.4)  # what is measured
+            spans.append(proxy.cpu_s() - used_s)
+        assert min(spans) < 0.15, spans

@@ -130,7 +130,7 @@ def test_idle_connections_end_with_the_drain(upstream: Upstream) -> None:
             began_at = time.monotonic()
             proxy.send_signal(signal.SIGTERM)
             assert unused.await_end() == used.await_end() == "fin"
-            assert time.monotonic() - began_at < 1
+            assert time.monotonic() - began_at < 5  # of 60
         proxy.await_stop(3)
         assert only(proxy)["event"] == "request.complete"
 
