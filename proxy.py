@@ -111,6 +111,7 @@ import certifi
 import urllib3
 import urllib3.connection
 import urllib3.connectionpool
+import urllib3.exceptions
 
 
 # --- proxy/grammar.py, line 1 ---
@@ -3188,6 +3189,10 @@ IDLE_PATIENCE_S = 0.1
 _RECORD_SIZE = 16384
 _BATCH_SIZE = 4 * _RECORD_SIZE
 _CIPHERTEXT_READ = 128 * 1024
+# In one read; a peer that floods us with records without content must not keep us from looking at the limits.
+_MOST_RECEIVES = 6
+# What TLS may have to say that the peer does not take: answers to key updates, of which it can ask for any number.
+_MOST_UNSENT = 256 * 1024
 _NOTHING = memoryview(b"")
 
 
@@ -3397,6 +3402,7 @@ class TlsEndpoint(Endpoint):
         # Into a buffer it returns a number, which its type stub does not know.
         read = typing.cast(collections.abc.Callable[[int, memoryview], int], self.tls.read)
         more = False  # whether the socket was asked and had at least as much as was wanted
+        receives = 0
         while have < size and self._failure is None:
             try:
                 count = read(size - have, buffer[have:])
@@ -3405,8 +3411,11 @@ class TlsEndpoint(Endpoint):
                 try:
                     if self._outgoing.pending:
                         self.flush()  # an answer to a key update
-                    if have and not more:
+                    if have and (not more or receives == _MOST_RECEIVES):
                         return have
+                    if receives == _MOST_RECEIVES:
+                        raise BlockingIOError(errno.EAGAIN, "nothing but records without content")
+                    receives += 1
                     more = self._receive()
                 except BlockingIOError:
                     if have:
@@ -3475,6 +3484,8 @@ class TlsEndpoint(Endpoint):
             except BlockingIOError:
                 return False
             self._unsent = self._unsent[sent:]
+            if len(self._unsent) > _MOST_UNSENT:
+                raise ssl.SSLError("the peer asks for key updates and takes no answer")
         return not self._unsent
 
     def end_write(self) -> None:
@@ -3694,7 +3705,7 @@ failed.
 """
 
 
-# --- proxy/upstream.py, line 31 ---
+# --- proxy/upstream.py, line 32 ---
 
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
@@ -3756,6 +3767,11 @@ class _LeasedConnection:
     def is_open(self) -> bool:
         """Whether this connection was used before and is connected still."""
         return self.sock is not None
+
+    def close(self) -> None:
+        """Close the socket. urllib3 does so, too, before it uses a connection anew that was dropped."""
+        self.endpoint = None
+        super().close()  # type: ignore[misc]  # urllib3's
 
     def open(self, wait: ConnectWait) -> AnyEndpoint:
         """Connect, TLS handshake included, and return the endpoint. Raises: Abort with side upstream, or as ``wait``
@@ -3906,16 +3922,22 @@ class _LeasingPool:
     settings: Settings
     pool: typing.Any
 
-    def lease(self) -> AnyConnection:
-        """Take a connection: one kept from before if it is still good, else a new one that is not connected."""
-        connection = self._get_conn()  # type: ignore[attr-defined]  # urllib3's
+    def lease(self, *, fresh: bool = False) -> AnyConnection:
+        """Take a connection: one kept from before if it is still good, else, or if ``fresh``, a new one that is not
+        connected.
+        """
+        try:
+            connection = self._new_conn() if fresh else self._get_conn()  # type: ignore[attr-defined]  # urllib3's
+        except urllib3.exceptions.ClosedPoolError:
+            connection = self._new_conn()  # type: ignore[attr-defined]  # a reload has replaced this pool just now
         if not hasattr(connection, "url"):
             connection.adopt(self.url, self.settings)
         return connection  # type: ignore[no-any-return]  # urllib3 makes what ConnectionCls says
 
     def release(self, connection: AnyConnection) -> None:
         """Give back a connection that stands between two exchanges."""
-        if self.pool is None or self.pool.full():
+        pool = self.pool  # a reload may close it meanwhile
+        if pool is None or pool.full():
             connection.close()
         else:
             self._put_conn(connection)  # type: ignore[attr-defined]  # urllib3's
@@ -4014,7 +4036,7 @@ class TimedWatch:
         self.watch = watch
         self.side = side
         self.operation = operation
-        self.acknowledged: int | None = None
+        self.acknowledged: list[int | None] | None = None
 
 
 class Waiter:
@@ -4181,7 +4203,8 @@ class Waiter:
             at = watch.due_at()
             if at is None:
                 continue
-            if timed.operation is Operation.WRITE and watch.timeout is not None and watch.stalled_from is not None:
+            writes = timed.operation is Operation.WRITE or timed.side is Side.PROXY  # the latter: both ways of a tunnel
+            if writes and watch.timeout is not None and watch.stalled_from is not None:
                 at = min(at, self._acknowledged(timed, watch, watch.timeout, now))
             expired = watch.expired(now)
             if expired is not None:
@@ -4206,11 +4229,9 @@ class Waiter:
 
         Returns: when to look again.
         """
-        endpoint = self.client if timed.side is Side.CLIENT else self.upstream
-        if endpoint is None:
-            return now + 3600.0
-        progress = acknowledged_progress(endpoint.sock)
-        if progress is not None and progress != timed.acknowledged:
+        endpoints = [each for each in (self.client, self.upstream) if each and timed.side in (each.side, Side.PROXY)]
+        progress = [acknowledged_progress(each.sock) for each in endpoints]
+        if progress != timed.acknowledged:
             if timed.acknowledged is not None:
                 watch.progress(now)
             timed.acknowledged = progress
@@ -4624,9 +4645,9 @@ class Relay:
         request, response = self.request, self.response
         watch = self.client_read_watch
         if watch is not None:
-            if request.framing.complete or self.tunnel:
+            if request.framing.complete or self.tunnel or self.broken is not None:
                 watch.rest()
-                watch.deadline_from = None  # the request is whole
+                watch.deadline_from = None  # the request is whole, or no more of it is wanted
             elif client_events & READABLE and not request.pending and not self.awaiting_continue:
                 watch.wait(now)
             else:
@@ -4642,7 +4663,7 @@ class Relay:
                 watch.rest()
         watch = self.upstream_write_watch
         if watch is not None:
-            if request.finished or self.tunnel:
+            if request.finished or self.tunnel or self.broken is not None:
                 watch.rest()
                 watch.deadline_from = None
             elif request.pending:
@@ -4720,10 +4741,19 @@ class Relay:
 
     def _client_ends(self, ready: int, allow_half_close: bool) -> None:
         """The client sends no more while its response is pending, or, under TLS, may be about to say so."""
-        client = self.client
+        client, request = self.client, self.request
         if ready & (select.POLLERR | select.POLLNVAL):
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        if not client.can_splice and client.read is not client.sock.recv:
+        tls = not client.can_splice
+        ours = not request.framing.complete and self.broken is None  # what comes next belongs to this request
+        if ours or not tls:
+            if not ready & HUNG_UP:
+                return
+            if tls and not (allow_half_close or self.tunnel):
+                self._read_off_end()
+        else:
+            if len(self.residue) >= _MAX_RESIDUE and not ready & HUNG_UP:
+                return
             try:
                 octets = client.read(_FIRST_READ, NO_WAIT)
             except BlockingIOError:
@@ -4732,11 +4762,14 @@ class Relay:
             except OSError as error:
                 raise self._abort(client, Operation.READ, error) from error
             else:
-                if octets:
+                if octets and request.framing.complete:
                     self.residue += octets
                     return
-        elif not ready & HUNG_UP:
-            return
+                if octets:
+                    # Of a body that upstream does not take: it can't be sent again.
+                    request.read += len(octets)
+                    self.body_reads += 1
+                    return
         if allow_half_close or self.tunnel:
             if not self.client_fin:
                 self._note("client", "fin")
@@ -4744,6 +4777,18 @@ class Relay:
             self.client_hung_up = bool(ready & select.POLLHUP)
             return
         raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
+
+    def _read_off_end(self) -> None:
+        """Under TLS, find out how a client ended that has left in the middle of its request: what it sent before is
+        not wanted any more. Raises: Abort, unless it was close_notify.
+        """
+        try:
+            while octets := self.client.read(_FIRST_READ, NO_WAIT):
+                self.request.read += len(octets)
+        except BlockingIOError:
+            return  # its FIN has come, but the kernel holds on to what was before it
+        except OSError as error:
+            raise self._abort(self.client, Operation.READ, error) from error
 
     def _pump_request(self, now: float) -> None:
         request, client = self.request, self.client
@@ -4788,8 +4833,9 @@ class Relay:
         request = self.request
         if self.tunnel:
             request.framing.complete = True  # a ConnectionFraming: NoBody is never read from
+            if not self.client_fin:
+                self._note("client", "fin")
             self.client_fin = True
-            self._note("client", "fin")
             self._flush_request(now)
             return
         raise Abort(
@@ -4804,7 +4850,7 @@ class Relay:
         """Write what is on the way to upstream. A failure is kept: the answer may be in our receive buffer already."""
         request = self.request
         try:
-            request.push(now, self.upstream_write_watch)
+            request.push(now, self.tunnel_watch if self.tunnel else self.upstream_write_watch)
             if request.pending or not request.framing.complete or request.finished:
                 return
             request.finished = True
@@ -4929,6 +4975,7 @@ class Relay:
                 head = parse_response_head(head_octets, memory)
                 self._take_head(head, octets, now)
             except MalformedMessage as error:
+                response.read += len(octets)
                 raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
             if head.status < 200 and head.status != 101 and not octets:
                 return
@@ -4941,7 +4988,8 @@ class Relay:
             if status == 101:
                 self._begin_tunnel(head, rest, now, upgrade_lines(head.section))
                 return
-            self.awaiting_continue = False
+            if status == 100:
+                self.awaiting_continue = False
             if self.request_head.minor:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
@@ -4954,7 +5002,6 @@ class Relay:
         if hijacks(self.request_head, head, framing):
             self._begin_tunnel(head, rest, now, b"Connection: close\r\n")
             return
-        self.awaiting_continue = False
         self.response_head = head
         dechunk = head.section.chunked and not self.request_head.minor
         prepared = prepare_response(head, self.proxy_name, dechunk=dechunk)
@@ -5026,7 +5073,7 @@ class Relay:
         """Write what is on the way to the client. Raises: Abort."""
         response = self.response
         try:
-            response.push(now, self.client_write_watch)
+            response.push(now, self.tunnel_watch if self.tunnel else self.client_write_watch)
             if response.pending or not response.framing.complete or self.response_head is None or response.finished:
                 return
             response.finished = True
@@ -5051,7 +5098,7 @@ class Relay:
             if not chosen or not chosen <= upgrade_protocols(self.request_head.section):
                 raise MalformedMessage("a 101 response that switches to what the request did not offer", 0)
         request, response = self.request, self.response
-        if not request.framing.complete:
+        if not request.finished:
             raise MalformedMessage("a switch of protocols before the request was whole", 0)
         self.tunnel = True
         self.response_head = head
@@ -6236,7 +6283,9 @@ class ClientConnection:
         request_id = record.request_id.encode("ascii")
         head_octets = serialize_request(head, prepared, request_id)
         waiter = self.waiter
-        client_read, client_write = self._client_watches(record, head) if self.worker.client_limits else (None, None)
+        client_read = client_write = None
+        if self.worker.client_limits:
+            client_read, client_write = self._client_watches(record, head, body)
         while True:
             relay = Relay(
                 self.settings,
@@ -6254,7 +6303,7 @@ class ClientConnection:
             relay.client_write_watch = client_write
             record.relay = relay
             pool = self.worker.pool  # a reload may put another in its place meanwhile
-            connection = pool.lease()
+            connection = pool.lease(fresh=bool(record.attempts))
             self.lease = connection
             reused = connection.is_open
             if not reused:
@@ -6274,12 +6323,14 @@ class ClientConnection:
             try:
                 relay.residue = b""
                 relay.attach(upstream, connection.memory, head_octets, body, now)
+                behind = len(relay.residue)
                 relay.run()
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
                 # about upstream.
                 if not reused or record.attempts or not _may_retry(abort, relay, head):
                     raise
+                body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
                 self._drop_lease()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
@@ -6287,13 +6338,15 @@ class ClientConnection:
             self._return_lease(relay, connection, pool)
             return
 
-    def _client_watches(self, record: Record, head: RequestHead) -> tuple[Watch | None, Watch | None]:
-        """The limits on the client's socket that run for the whole exchange."""
+    def _client_watches(self, record: Record, head: RequestHead, body: bytes) -> tuple[Watch | None, Watch | None]:
+        """The limits on the client's socket that run for the whole exchange. ``body`` is what has come behind the
+        head.
+        """
         settings = self.settings
         assert record.head_at is not None
         read = write = None
         if settings.client_read_timeout is not None or settings.client_read_deadline is not None:
-            if head.section.chunked or head.section.content_length:
+            if not self._is_whole(head, body):
                 read = Watch(settings.client_read_timeout, settings.client_read_deadline)
                 read.start(record.first_at)
                 self.waiter.watches.append(TimedWatch(read, Side.CLIENT, Operation.READ))
@@ -6302,6 +6355,15 @@ class ClientConnection:
             write.start(record.head_at)
             self.waiter.watches.append(TimedWatch(write, Side.CLIENT, Operation.WRITE))
         return read, write
+
+    def _is_whole(self, head: RequestHead, body: bytes) -> bool:
+        """Whether nothing more is to be read of this request."""
+        framing = request_framing(head.section, self.settings.max_head_size.value)
+        try:
+            framing.feed(body, 0, len(body))
+        except MalformedMessage:
+            return False  # which is said when it is to be relayed
+        return framing.complete
 
     def _connect(self, connection: AnyConnection, head: RequestHead) -> None:
         """Connect to upstream under its limit, with an eye on the client. Raises: Abort."""
@@ -6645,7 +6707,8 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     """
     return (
         abort.side is Side.UPSTREAM
-        and abort.cause in (Cause.CLOSED, Cause.RESET)
+        # Many servers that end an idle connection leave close_notify out.
+        and (abort.cause in (Cause.CLOSED, Cause.RESET) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
         and not relay.head_octets
         and relay.body_reads == 0

@@ -32,6 +32,10 @@ IDLE_PATIENCE_S = 0.1
 _RECORD_SIZE = 16384
 _BATCH_SIZE = 4 * _RECORD_SIZE
 _CIPHERTEXT_READ = 128 * 1024
+# In one read; a peer that floods us with records without content must not keep us from looking at the limits.
+_MOST_RECEIVES = 6
+# What TLS may have to say that the peer does not take: answers to key updates, of which it can ask for any number.
+_MOST_UNSENT = 256 * 1024
 _NOTHING = memoryview(b"")
 
 
@@ -241,6 +245,7 @@ class TlsEndpoint(Endpoint):
         # Into a buffer it returns a number, which its type stub does not know.
         read = typing.cast(collections.abc.Callable[[int, memoryview], int], self.tls.read)
         more = False  # whether the socket was asked and had at least as much as was wanted
+        receives = 0
         while have < size and self._failure is None:
             try:
                 count = read(size - have, buffer[have:])
@@ -249,8 +254,11 @@ class TlsEndpoint(Endpoint):
                 try:
                     if self._outgoing.pending:
                         self.flush()  # an answer to a key update
-                    if have and not more:
+                    if have and (not more or receives == _MOST_RECEIVES):
                         return have
+                    if receives == _MOST_RECEIVES:
+                        raise BlockingIOError(errno.EAGAIN, "nothing but records without content")
+                    receives += 1
                     more = self._receive()
                 except BlockingIOError:
                     if have:
@@ -319,6 +327,8 @@ class TlsEndpoint(Endpoint):
             except BlockingIOError:
                 return False
             self._unsent = self._unsent[sent:]
+            if len(self._unsent) > _MOST_UNSENT:
+                raise ssl.SSLError("the peer asks for key updates and takes no answer")
         return not self._unsent
 
     def end_write(self) -> None:

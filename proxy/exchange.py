@@ -497,7 +497,9 @@ class ClientConnection:
         request_id = record.request_id.encode("ascii")
         head_octets = serialize_request(head, prepared, request_id)
         waiter = self.waiter
-        client_read, client_write = self._client_watches(record, head) if self.worker.client_limits else (None, None)
+        client_read = client_write = None
+        if self.worker.client_limits:
+            client_read, client_write = self._client_watches(record, head, body)
         while True:
             relay = Relay(
                 self.settings,
@@ -515,7 +517,7 @@ class ClientConnection:
             relay.client_write_watch = client_write
             record.relay = relay
             pool = self.worker.pool  # a reload may put another in its place meanwhile
-            connection = pool.lease()
+            connection = pool.lease(fresh=bool(record.attempts))
             self.lease = connection
             reused = connection.is_open
             if not reused:
@@ -535,12 +537,14 @@ class ClientConnection:
             try:
                 relay.residue = b""
                 relay.attach(upstream, connection.memory, head_octets, body, now)
+                behind = len(relay.residue)
                 relay.run()
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
                 # about upstream.
                 if not reused or record.attempts or not _may_retry(abort, relay, head):
                     raise
+                body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
                 self._drop_lease()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
@@ -548,13 +552,15 @@ class ClientConnection:
             self._return_lease(relay, connection, pool)
             return
 
-    def _client_watches(self, record: Record, head: RequestHead) -> tuple[Watch | None, Watch | None]:
-        """The limits on the client's socket that run for the whole exchange."""
+    def _client_watches(self, record: Record, head: RequestHead, body: bytes) -> tuple[Watch | None, Watch | None]:
+        """The limits on the client's socket that run for the whole exchange. ``body`` is what has come behind the
+        head.
+        """
         settings = self.settings
         assert record.head_at is not None
         read = write = None
         if settings.client_read_timeout is not None or settings.client_read_deadline is not None:
-            if head.section.chunked or head.section.content_length:
+            if not self._is_whole(head, body):
                 read = Watch(settings.client_read_timeout, settings.client_read_deadline)
                 read.start(record.first_at)
                 self.waiter.watches.append(TimedWatch(read, Side.CLIENT, Operation.READ))
@@ -563,6 +569,15 @@ class ClientConnection:
             write.start(record.head_at)
             self.waiter.watches.append(TimedWatch(write, Side.CLIENT, Operation.WRITE))
         return read, write
+
+    def _is_whole(self, head: RequestHead, body: bytes) -> bool:
+        """Whether nothing more is to be read of this request."""
+        framing = request_framing(head.section, self.settings.max_head_size.value)
+        try:
+            framing.feed(body, 0, len(body))
+        except MalformedMessage:
+            return False  # which is said when it is to be relayed
+        return framing.complete
 
     def _connect(self, connection: AnyConnection, head: RequestHead) -> None:
         """Connect to upstream under its limit, with an eye on the client. Raises: Abort."""
@@ -906,7 +921,8 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     """
     return (
         abort.side is Side.UPSTREAM
-        and abort.cause in (Cause.CLOSED, Cause.RESET)
+        # Many servers that end an idle connection leave close_notify out.
+        and (abort.cause in (Cause.CLOSED, Cause.RESET) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
         and not relay.head_octets
         and relay.body_reads == 0

@@ -384,9 +384,9 @@ class Relay:
         request, response = self.request, self.response
         watch = self.client_read_watch
         if watch is not None:
-            if request.framing.complete or self.tunnel:
+            if request.framing.complete or self.tunnel or self.broken is not None:
                 watch.rest()
-                watch.deadline_from = None  # the request is whole
+                watch.deadline_from = None  # the request is whole, or no more of it is wanted
             elif client_events & READABLE and not request.pending and not self.awaiting_continue:
                 watch.wait(now)
             else:
@@ -402,7 +402,7 @@ class Relay:
                 watch.rest()
         watch = self.upstream_write_watch
         if watch is not None:
-            if request.finished or self.tunnel:
+            if request.finished or self.tunnel or self.broken is not None:
                 watch.rest()
                 watch.deadline_from = None
             elif request.pending:
@@ -480,10 +480,19 @@ class Relay:
 
     def _client_ends(self, ready: int, allow_half_close: bool) -> None:
         """The client sends no more while its response is pending, or, under TLS, may be about to say so."""
-        client = self.client
+        client, request = self.client, self.request
         if ready & (select.POLLERR | select.POLLNVAL):
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        if not client.can_splice and client.read is not client.sock.recv:
+        tls = not client.can_splice
+        ours = not request.framing.complete and self.broken is None  # what comes next belongs to this request
+        if ours or not tls:
+            if not ready & HUNG_UP:
+                return
+            if tls and not (allow_half_close or self.tunnel):
+                self._read_off_end()
+        else:
+            if len(self.residue) >= _MAX_RESIDUE and not ready & HUNG_UP:
+                return
             try:
                 octets = client.read(_FIRST_READ, NO_WAIT)
             except BlockingIOError:
@@ -492,11 +501,14 @@ class Relay:
             except OSError as error:
                 raise self._abort(client, Operation.READ, error) from error
             else:
-                if octets:
+                if octets and request.framing.complete:
                     self.residue += octets
                     return
-        elif not ready & HUNG_UP:
-            return
+                if octets:
+                    # Of a body that upstream does not take: it can't be sent again.
+                    request.read += len(octets)
+                    self.body_reads += 1
+                    return
         if allow_half_close or self.tunnel:
             if not self.client_fin:
                 self._note("client", "fin")
@@ -504,6 +516,18 @@ class Relay:
             self.client_hung_up = bool(ready & select.POLLHUP)
             return
         raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
+
+    def _read_off_end(self) -> None:
+        """Under TLS, find out how a client ended that has left in the middle of its request: what it sent before is
+        not wanted any more. Raises: Abort, unless it was close_notify.
+        """
+        try:
+            while octets := self.client.read(_FIRST_READ, NO_WAIT):
+                self.request.read += len(octets)
+        except BlockingIOError:
+            return  # its FIN has come, but the kernel holds on to what was before it
+        except OSError as error:
+            raise self._abort(self.client, Operation.READ, error) from error
 
     def _pump_request(self, now: float) -> None:
         request, client = self.request, self.client
@@ -548,8 +572,9 @@ class Relay:
         request = self.request
         if self.tunnel:
             request.framing.complete = True  # a ConnectionFraming: NoBody is never read from
+            if not self.client_fin:
+                self._note("client", "fin")
             self.client_fin = True
-            self._note("client", "fin")
             self._flush_request(now)
             return
         raise Abort(
@@ -564,7 +589,7 @@ class Relay:
         """Write what is on the way to upstream. A failure is kept: the answer may be in our receive buffer already."""
         request = self.request
         try:
-            request.push(now, self.upstream_write_watch)
+            request.push(now, self.tunnel_watch if self.tunnel else self.upstream_write_watch)
             if request.pending or not request.framing.complete or request.finished:
                 return
             request.finished = True
@@ -689,6 +714,7 @@ class Relay:
                 head = parse_response_head(head_octets, memory)
                 self._take_head(head, octets, now)
             except MalformedMessage as error:
+                response.read += len(octets)
                 raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
             if head.status < 200 and head.status != 101 and not octets:
                 return
@@ -701,7 +727,8 @@ class Relay:
             if status == 101:
                 self._begin_tunnel(head, rest, now, upgrade_lines(head.section))
                 return
-            self.awaiting_continue = False
+            if status == 100:
+                self.awaiting_continue = False
             if self.request_head.minor:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
@@ -714,7 +741,6 @@ class Relay:
         if hijacks(self.request_head, head, framing):
             self._begin_tunnel(head, rest, now, b"Connection: close\r\n")
             return
-        self.awaiting_continue = False
         self.response_head = head
         dechunk = head.section.chunked and not self.request_head.minor
         prepared = prepare_response(head, self.proxy_name, dechunk=dechunk)
@@ -786,7 +812,7 @@ class Relay:
         """Write what is on the way to the client. Raises: Abort."""
         response = self.response
         try:
-            response.push(now, self.client_write_watch)
+            response.push(now, self.tunnel_watch if self.tunnel else self.client_write_watch)
             if response.pending or not response.framing.complete or self.response_head is None or response.finished:
                 return
             response.finished = True
@@ -811,7 +837,7 @@ class Relay:
             if not chosen or not chosen <= upgrade_protocols(self.request_head.section):
                 raise MalformedMessage("a 101 response that switches to what the request did not offer", 0)
         request, response = self.request, self.response
-        if not request.framing.complete:
+        if not request.finished:
             raise MalformedMessage("a switch of protocols before the request was whole", 0)
         self.tunnel = True
         self.response_head = head

@@ -19,6 +19,7 @@ import typing
 import urllib3
 import urllib3.connection
 import urllib3.connectionpool
+import urllib3.exceptions
 
 from .aborts import socket_abort
 from .config import Settings, UpstreamUrl
@@ -88,6 +89,11 @@ class _LeasedConnection:
     def is_open(self) -> bool:
         """Whether this connection was used before and is connected still."""
         return self.sock is not None
+
+    def close(self) -> None:
+        """Close the socket. urllib3 does so, too, before it uses a connection anew that was dropped."""
+        self.endpoint = None
+        super().close()  # type: ignore[misc]  # urllib3's
 
     def open(self, wait: ConnectWait) -> AnyEndpoint:
         """Connect, TLS handshake included, and return the endpoint. Raises: Abort with side upstream, or as ``wait``
@@ -238,16 +244,22 @@ class _LeasingPool:
     settings: Settings
     pool: typing.Any
 
-    def lease(self) -> AnyConnection:
-        """Take a connection: one kept from before if it is still good, else a new one that is not connected."""
-        connection = self._get_conn()  # type: ignore[attr-defined]  # urllib3's
+    def lease(self, *, fresh: bool = False) -> AnyConnection:
+        """Take a connection: one kept from before if it is still good, else, or if ``fresh``, a new one that is not
+        connected.
+        """
+        try:
+            connection = self._new_conn() if fresh else self._get_conn()  # type: ignore[attr-defined]  # urllib3's
+        except urllib3.exceptions.ClosedPoolError:
+            connection = self._new_conn()  # type: ignore[attr-defined]  # a reload has replaced this pool just now
         if not hasattr(connection, "url"):
             connection.adopt(self.url, self.settings)
         return connection  # type: ignore[no-any-return]  # urllib3 makes what ConnectionCls says
 
     def release(self, connection: AnyConnection) -> None:
         """Give back a connection that stands between two exchanges."""
-        if self.pool is None or self.pool.full():
+        pool = self.pool  # a reload may close it meanwhile
+        if pool is None or pool.full():
             connection.close()
         else:
             self._put_conn(connection)  # type: ignore[attr-defined]  # urllib3's

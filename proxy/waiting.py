@@ -48,7 +48,7 @@ class TimedWatch:
         self.watch = watch
         self.side = side
         self.operation = operation
-        self.acknowledged: int | None = None
+        self.acknowledged: list[int | None] | None = None
 
 
 class Waiter:
@@ -215,7 +215,8 @@ class Waiter:
             at = watch.due_at()
             if at is None:
                 continue
-            if timed.operation is Operation.WRITE and watch.timeout is not None and watch.stalled_from is not None:
+            writes = timed.operation is Operation.WRITE or timed.side is Side.PROXY  # the latter: both ways of a tunnel
+            if writes and watch.timeout is not None and watch.stalled_from is not None:
                 at = min(at, self._acknowledged(timed, watch, watch.timeout, now))
             expired = watch.expired(now)
             if expired is not None:
@@ -240,11 +241,9 @@ class Waiter:
 
         Returns: when to look again.
         """
-        endpoint = self.client if timed.side is Side.CLIENT else self.upstream
-        if endpoint is None:
-            return now + 3600.0
-        progress = acknowledged_progress(endpoint.sock)
-        if progress is not None and progress != timed.acknowledged:
+        endpoints = [each for each in (self.client, self.upstream) if each and timed.side in (each.side, Side.PROXY)]
+        progress = [acknowledged_progress(each.sock) for each in endpoints]
+        if progress != timed.acknowledged:
             if timed.acknowledged is not None:
                 watch.progress(now)
             timed.acknowledged = progress
