@@ -20,7 +20,7 @@ from .config import ConfigError, Settings, TcpAddress, UnixAddress
 from .exchange import Worker, make_worker
 from .kernel import pin_to_core, prepare_listener, raise_file_limit
 from .log import EventLog
-from .record import CONNECTIONS, LOST_LINES, Tally
+from .record import CONNECTIONS, LOST_LINES, Tally, describe_exception
 from .server import ProxyServer
 from .tls import server_context, upstream_context
 from .upstream import upstream_pool
@@ -36,6 +36,7 @@ _DRAIN_POLL_S = 0.02
 _RESTART_PAUSE_S = 1.0
 # What the ending of a request in flight, record included, may take once its time is up.
 _END_GRACE_S = 3.0
+_MORE_ROOM = "allow more open files and processes (ulimit -n and -u), or set fewer --workers"
 
 
 class SharedCounts:
@@ -81,6 +82,7 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
             errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory",
             errno.EADDRNOTAVAIL: "this machine has no such address",
             errno.ENOENT: "the directory does not exist",
+            errno.EMFILE: _MORE_ROOM,
         }
         hint = hints.get(error.errno or 0, "")
         text = error.strerror or str(error)
@@ -328,7 +330,14 @@ class Supervisor:
             signal.signal(number, _ignore_here)
         began_at = time.monotonic()
         for index in range(self.settings.workers):
-            self._start(index)
+            try:
+                self._start(index)
+            except OSError as error:
+                # Those that run lose the process above them, and end.
+                raise ConfigError(
+                    f"workers {self.settings.workers} ({self.settings.sources['workers']}): number {index + 1}"
+                    f" can't be started: {error.strerror}; {_MORE_ROOM}"
+                ) from error
         workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
         self.log.event(
             "info",
@@ -354,14 +363,34 @@ class Supervisor:
                     del self.restart_at[index]
                 elif time.monotonic() >= at:
                     del self.restart_at[index]
-                    self._start(index)
+                    self._start_again(index)
         return self._report(began_at)
 
+    def _start_again(self, index: int) -> None:
+        try:
+            self._start(index)
+        except OSError as error:
+            self.restart_at[index] = time.monotonic() + _RESTART_PAUSE_S
+            self.log.event(
+                "error",
+                "server.resource",
+                message=f"worker {index} can't be started, which is tried again every {_RESTART_PAUSE_S:g} s: {error}",
+                pid=os.getpid(),
+                worker=index,
+                exception=describe_exception(error),
+            )
+
     def _start(self, index: int) -> None:
+        """Start a worker. Raises: OSError where files or processes run out."""
         read_end, write_end = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(read_end)
+            os.close(write_end)
+            raise
         if pid == 0:
             status = 1
             try:

@@ -3,10 +3,13 @@
 import collections.abc
 import os
 import pathlib
+import re
 import resource
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 
@@ -221,6 +224,34 @@ def test_a_worker_that_is_killed_is_replaced(gate: Gate, upstream: Upstream) -> 
         ended = counts["complete"] + counts["reject"] + counts["abort"]
         assert counts["begun"] - ended == len(held[victim])
         assert counts["complete"] == 30 + len(held[other])
+
+
+def test_a_worker_that_cannot_be_started_again_is_tried_again(upstream: Upstream) -> None:
+    """Out of descriptors the process above goes on, and the other worker with it."""
+    with ProxyProcess(upstream.url, "--workers", "2") as proxy:
+        first = proxy.process.pid
+        victim, other = proxy.worker_pids()
+        limits = resource.prlimit(first, resource.RLIMIT_NOFILE)
+        resource.prlimit(first, resource.RLIMIT_NOFILE, (1, limits[1]))
+        os.kill(victim, signal.SIGKILL)
+        failed = proxy.wait_for(lambda record: record["event"] == "server.resource")
+        assert (failed["pid"], failed["worker"], failed["exception"]["errno"]) == (first, 0, "EMFILE")
+        assert proxy.worker_pids() == [other]
+        resource.prlimit(first, resource.RLIMIT_NOFILE, limits)
+        wait_until(lambda: len(proxy.worker_pids()) == 2)
+        for _ in range(10):
+            with connect(proxy.address) as wire:
+                wire.get()
+                assert wire.read_response().status == 200
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
+def test_too_few_descriptors_for_the_workers_is_one_clear_line(listen: str, tmp_path: pathlib.Path) -> None:
+    where = f"unix:{tmp_path}/s" if listen == "unix" else listen
+    command = ["prlimit", "--nofile=24:24", sys.executable, "-m", "proxy", "--workers=24", "--listen", where]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"proxy: error: (listen|workers 24) .*Too many open files; allow more .*\n", done.stderr)
 
 
 def _owner(pids: list[int], wire: Wire) -> int:
