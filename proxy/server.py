@@ -83,9 +83,11 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                     break  # the listener was shut: by this worker, or by another one that shares it
                 # EMFILE and its kin pass when others close something; a connection that ended in the queue is no
                 # error at all.
-                if not isinstance(error, ConnectionError):
+                if isinstance(error, ConnectionError):
+                    continue
+                if not isinstance(error, BlockingIOError):  # or a worker that shares the listener is about to shut it
                     self._complain("a connection could not be accepted", error)
-                    time.sleep(_ACCEPT_PAUSE_S)
+                time.sleep(_ACCEPT_PAUSE_S)
                 continue
             with self._lock:
                 self._idle -= 1

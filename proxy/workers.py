@@ -498,8 +498,6 @@ class Supervisor:
         self.restart_at[index] = time.monotonic() + pause_s
 
     def _report(self, began_at: float) -> int:
-        for listener in self.listeners:
-            listener.close()
         counts = {name: self.counts.total(i) for i, name in enumerate(Tally.NAMES)}
         ended = counts["complete"] + counts["reject"] + counts["abort"]
         balanced = counts["begun"] == ended
@@ -518,11 +516,6 @@ class Supervisor:
             lost_log_lines=counts["lost_lines"] + self.log.lost_lines,
             uptime_s=round(time.monotonic() - began_at, 3),
         )
-        if isinstance(self.settings.listen, UnixAddress):
-            try:
-                os.unlink(self.settings.listen.path)
-            except FileNotFoundError:
-                return 0  # somebody was faster
         return 0
 
 
@@ -558,4 +551,23 @@ def serve(settings: Settings) -> int:
         ) from error
     raise_file_limit()
     listeners, where = open_listeners(settings)
-    return Supervisor(settings, log, listeners, where).run()
+    socket_file = _socket_file(settings)
+    try:
+        return Supervisor(settings, log, listeners, where).run()
+    finally:
+        # A successor may have bound the path meanwhile. Its file is another one: ours exists until it is closed.
+        if socket_file is not None and _socket_file(settings) == socket_file:
+            os.unlink(socket_file[0])
+        for listener in listeners:
+            listener.close()
+
+
+def _socket_file(settings: Settings) -> tuple[str, int, int] | None:
+    """Returns: the path of the unix listener and which file is there now; None where there is none."""
+    if not isinstance(settings.listen, UnixAddress):
+        return None
+    try:
+        found = os.stat(settings.listen.path)
+    except FileNotFoundError:
+        return None
+    return settings.listen.path, found.st_dev, found.st_ino

@@ -252,6 +252,7 @@ def test_too_few_descriptors_for_the_workers_is_one_clear_line(listen: str, tmp_
     done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"proxy: error: (listen|workers 24) .*Too many open files; allow more .*\n", done.stderr)
+    assert not os.listdir(tmp_path)
 
 
 def _owner(pids: list[int], wire: Wire) -> int:
@@ -386,6 +387,31 @@ def test_a_stale_unix_socket_is_replaced_and_one_in_use_is_not(upstream: Upstrea
             wire.get()
             assert wire.read_response().status == 200
         assert proxy.process.poll() is None
+
+
+def test_a_successor_keeps_its_unix_socket(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    """A proxy that drains listens no more, so another one may take its path; the end of the drain leaves it there."""
+    path = tmp_path / "s"
+    with ProxyProcess(upstream.url, "--drain-timeout", "10", listen=f"unix:{path}") as first:
+        with begin(first, "/never"):
+            first.send_signal(signal.SIGTERM)
+
+            def refused() -> bool:
+                try:
+                    with connect(str(path)):
+                        return False
+                except ConnectionError:
+                    return True
+
+            wait_until(refused)
+            with ProxyProcess(upstream.url, listen=f"unix:{path}") as second:
+                first.send_signal(signal.SIGTERM)
+                first.await_stop(5)
+                with connect(str(path)) as wire:
+                    wire.get()
+                    assert wire.read_response().status == 200
+                second.stop()
+                assert not path.exists()
 
 
 def test_a_file_in_the_place_of_a_unix_socket_stays(upstream: Upstream, tmp_path: pathlib.Path) -> None:
