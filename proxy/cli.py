@@ -20,7 +20,7 @@ from .demo import run_demo
 from .dependencies import DEPENDENCIES
 from .log import print_line
 from .tls import server_context, upstream_context
-from .workers import serve
+from .workers import check_socket_path, serve
 
 COMMANDS = {
     "serve": "serve until told to stop; the default",
@@ -202,7 +202,9 @@ def _check_places(settings: Settings) -> None:
         else:
             _check_directory(where, settings.log_file)
     if isinstance(settings.listen, UnixAddress):
-        _check_directory(f"listen {str(settings.listen)!r} ({settings.sources['listen']})", settings.listen.path)
+        where = f"listen {str(settings.listen)!r} ({settings.sources['listen']})"
+        _check_directory(where, settings.listen.path)
+        check_socket_path(where, settings.listen)
 
 
 def _check_directory(where: str, path: str) -> None:

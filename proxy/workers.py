@@ -71,24 +71,32 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
     Raises: ConfigError.
     """
     address = settings.listen
+    where = f"listen {str(address)!r} ({settings.sources['listen']})"
+    if isinstance(address, UnixAddress):
+        check_socket_path(where, address)
     try:
         if isinstance(address, UnixAddress):
             return [_listen_unix(address)], f"unix:{address.path}"
         return _listen_tcp(address, settings)
     except OSError as error:
-        where = f"unix:{address.path}" if isinstance(address, UnixAddress) else f"{address.host}:{address.port}"
         hints = {
             errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
-            errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory",
+            errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory,"
+            " and a socket that is there already is somebody else's",
+            errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
             errno.EADDRNOTAVAIL: "this machine has no such address",
             errno.ENOENT: "the directory does not exist",
             errno.EMFILE: _MORE_ROOM,
         }
         hint = hints.get(error.errno or 0, "")
         text = error.strerror or str(error)
-        raise ConfigError(
-            f"listen {where!r} ({settings.sources['listen']}): {text}" + (f"; {hint}" if hint else "")
-        ) from error
+        raise ConfigError(f"{where}: {text}" + (f"; {hint}" if hint else "")) from error
+
+
+def check_socket_path(where: str, address: UnixAddress) -> None:
+    """Refuse a path at which something stands that is no socket. Raises: ConfigError."""
+    if os.path.exists(address.path) and not stat.S_ISSOCK(os.stat(address.path).st_mode):
+        raise ConfigError(f"{where}: what is there is no socket; remove it, or choose another path")
 
 
 def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.socket], str]:
@@ -115,14 +123,15 @@ def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.so
 
 
 def _listen_unix(address: UnixAddress) -> socket.socket:
-    try:
-        if stat.S_ISSOCK(os.stat(address.path).st_mode):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
-                if trial.connect_ex(address.path) == 0:
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-            os.unlink(address.path)  # left by a process that did not end in order
-    except FileNotFoundError:
-        pass  # the usual case: nothing is there yet
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        trial.setblocking(False)  # or a full queue would hold us
+        found = trial.connect_ex(address.path)
+    if found == errno.ECONNREFUSED:
+        os.unlink(address.path)  # left by a process that did not end in order
+    elif found in (0, errno.EAGAIN):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    elif found != errno.ENOENT:  # the usual case: nothing is there yet
+        raise OSError(found, os.strerror(found))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(address.path)
     os.chmod(address.path, 0o660)

@@ -389,6 +389,29 @@ def test_a_stale_unix_socket_is_replaced_and_one_in_use_is_not(upstream: Upstrea
         assert proxy.process.poll() is None
 
 
+def test_a_socket_of_another_kind_stays(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        done = run_cli("--listen", f"unix:{path}", "--upstream", upstream.url)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "another process has a socket of another kind there" in done.stderr
+        assert path.is_socket()
+
+
+def test_a_socket_whose_queue_is_full_is_in_use(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as client:
+        other.bind(str(path))
+        other.listen(0)
+        client.connect(str(path))
+        done = run_cli("--listen", f"unix:{path}", "--upstream", upstream.url)
+        assert done.returncode == 2
+        assert "another process listens there" in done.stderr
+        assert path.is_socket()
+
+
 def test_a_successor_keeps_its_unix_socket(upstream: Upstream, tmp_path: pathlib.Path) -> None:
     """A proxy that drains listens no more, so another one may take its path; the end of the drain leaves it there."""
     path = tmp_path / "s"
@@ -417,8 +440,11 @@ def test_a_successor_keeps_its_unix_socket(upstream: Upstream, tmp_path: pathlib
 def test_a_file_in_the_place_of_a_unix_socket_stays(upstream: Upstream, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "s"
     path.write_text("precious")
-    done = run_cli("--listen", f"unix:{path}", "--upstream", upstream.url)
-    assert done.returncode == 2
+    for place in (path, tmp_path):
+        for command in ("check", "serve"):
+            done = run_cli(command, "--listen", f"unix:{place}", "--upstream", upstream.url)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert f"listen 'unix:{place}' (flag): what is there is no socket; remove it" in done.stderr
     assert path.read_text() == "precious"
     missing = run_cli("--listen", f"unix:{tmp_path}/no/s", "--upstream", upstream.url)
     assert missing.returncode == 2
