@@ -70,7 +70,7 @@ without them gets commands to type and no traceback.
 """
 
 
-# --- proxy/dependencies.py, line 10 ---
+# --- proxy/dependencies.py, line 11 ---
 
 # Module, then the name of its package for apt and for pip.
 DEPENDENCIES = (
@@ -97,8 +97,22 @@ def mending_commands(missing: list[str]) -> str:
     )
 
 
+def open_standard_files() -> None:
+    """Put /dev/null where standard input, output or error was closed (``2>&-``).
+
+    Otherwise there is nothing to write to, and the next file that is opened gets the number and what is written to it.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="ascii")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
 def require_dependencies() -> None:
     """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit."""
+    open_standard_files()
     missing = missing_dependencies()
     if missing:
         sys.stderr.write(mending_commands(missing))
@@ -7842,6 +7856,7 @@ _LATER_COMMANDS = ("explain", "report")
 
 def main(arguments: list[str]) -> int:
     """Run a command. ``arguments`` are those after the program's name. Returns: the exit status."""
+    open_standard_files()
     try:
         return _run_command(arguments)
     except (ConfigError, OSError) as error:

@@ -17,7 +17,7 @@ import typing
 from . import __version__
 from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variables, load_settings
 from .demo import run_demo
-from .dependencies import DEPENDENCIES
+from .dependencies import DEPENDENCIES, open_standard_files
 from .log import print_line
 from .tls import server_context, upstream_context
 from .workers import check_socket_path, serve
@@ -32,6 +32,7 @@ _LATER_COMMANDS = ("explain", "report")
 
 def main(arguments: list[str]) -> int:
     """Run a command. ``arguments`` are those after the program's name. Returns: the exit status."""
+    open_standard_files()
     try:
         return _run_command(arguments)
     except (ConfigError, OSError) as error:

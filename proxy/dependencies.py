@@ -5,6 +5,7 @@ without them gets commands to type and no traceback.
 """
 
 import importlib.util
+import os
 import sys
 
 # Module, then the name of its package for apt and for pip.
@@ -32,8 +33,22 @@ def mending_commands(missing: list[str]) -> str:
     )
 
 
+def open_standard_files() -> None:
+    """Put /dev/null where standard input, output or error was closed (``2>&-``).
+
+    Otherwise there is nothing to write to, and the next file that is opened gets the number and what is written to it.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="ascii")
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
 def require_dependencies() -> None:
     """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit."""
+    open_standard_files()
     missing = missing_dependencies()
     if missing:
         sys.stderr.write(mending_commands(missing))

@@ -231,6 +231,46 @@ def test_what_is_there_is_not_called_missing() -> None:
     assert done.stdout == "['certifi', 'pythonjsonlogger']\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "status", "stderr"),
+    [
+        ("check >&-", 0, ""),
+        ("check <&- >&- 2>&-", 0, ""),
+        ("--version <&- 2>&-", 0, ""),
+        ("--bogus 2>&-", 2, ""),
+        ("--bogus >&- 2>&-", 2, ""),
+        ("--bogus <&-", 2, "proxy: error: option '--bogus': unknown; --help lists the options\n"),
+    ],
+)
+def test_closed_standard_files(program: Program, command: str, status: int, stderr: str) -> None:
+    shell = ["sh", "-c", f'"$@" {command}', "sh", sys.executable, *program.command]
+    done = subprocess.run(
+        shell,
+        cwd=program.directory,
+        env=program.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (status, stderr)
+
+
+def test_serve_without_standard_files(program: Program) -> None:
+    """No socket takes their numbers, and with them what is meant for people."""
+    program.command = ["-c", _EXEC_CLOSED, *program.command]
+    with program.serving("--upstream", "unix:/does/not/exist") as serving:
+        answer = _exchange(serving.address(), b"GET / HTTP/1.1\r\nHost: d\r\nConnection: close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 502 ")
+        assert {os.readlink(f"/proc/{serving.process.pid}/fd/{fd}") for fd in range(3)} == {os.devnull}
+        serving.process.terminate()
+        assert serving.process.wait(PATIENCE_S) == 0
+    assert serving.events("server.stop")[0]["balanced"] is True
+
+
+_EXEC_CLOSED = "import os, sys; os.closerange(0, 3); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
 # -- check -----------------------------------------------------------------------------------------------------------
 
 
