@@ -2507,8 +2507,13 @@ def _parse_host(text: str) -> str:
             return str(ipaddress.IPv4Address(text))
         except ValueError:
             raise _BadValue(f"holds {_quoted(text)}, which is no IPv4 address") from None
-    if len(text) > 253 or re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_.])?", text) is None or ".." in text:
+    if re.fullmatch(r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]*[A-Za-z0-9_.])?", text) is None or ".." in text:
         raise _BadValue(f"holds {_quoted(text)}, which is no host name")
+    if len(text) > 253 or max(len(label) for label in text.split(".")) > 63:
+        # RFC 1035 §2.3.4; the resolver's encoding fails on them.
+        raise _BadValue(
+            f"holds {_quoted(text)}, which is too long for a host name", "DNS takes 253 octets, and 63 between two dots"
+        )
     return text
 
 
