@@ -231,9 +231,9 @@ class WorkerProcess:
             self._drain(0.0)
             self.control.ending = True
         elif command in (_RELOAD, _REOPEN):
-            self._reopen_log()
+            reopened = self._reopen_log()
             if command == _RELOAD:
-                self._reload_certificates()
+                self._reload_certificates(reopened=reopened)
         elif command == _DUMP:
             self._dump()
 
@@ -248,9 +248,11 @@ class WorkerProcess:
         else:
             control.drain_until = min(control.drain_until, until)
 
-    def _reopen_log(self) -> None:
+    def _reopen_log(self) -> bool:
+        """Returns: whether there is a log file, and it was opened anew."""
         try:
             self.log.reopen()
+            return self.log.path != "-"
         except OSError as error:
             self.log.event(
                 "error",
@@ -258,8 +260,9 @@ class WorkerProcess:
                 message=f"{self.log.path} can't be opened, the old file stays in use: {error}",
                 pid=os.getpid(),
             )
+            return False
 
-    def _reload_certificates(self) -> None:
+    def _reload_certificates(self, *, reopened: bool) -> None:
         try:
             server_tls, upstream_tls = server_context(self.settings), upstream_context(self.settings)
         except ConfigError as error:
@@ -272,7 +275,11 @@ class WorkerProcess:
             # Connections on lease find the old pool closed when they come back, and are closed then.
             old, self.worker.pool = self.worker.pool, upstream_pool(self.settings, upstream_tls)
             old.close()
-        self.log.event("info", "server.reload", message="log reopened, certificates read anew", pid=os.getpid())
+        done = ["log reopened"] if reopened else []
+        if server_tls is not None or upstream_tls is not None:
+            done.append("certificates read anew")
+        message = ", ".join(done) or "no log was reopened, and there are no certificates"
+        self.log.event("info", "server.reload", message=message, pid=os.getpid())
 
     def _dump(self) -> None:
         """Log every request in flight."""

@@ -16,6 +16,7 @@ import time
 import pytest
 
 import harness
+from conftest import Certificates
 from harness import LogRecord, ProxyProcess, run_cli, wait_until
 from peers import Upstream, Wire, chunk, connect, ok
 
@@ -322,6 +323,29 @@ def test_sigusr2_shows_what_is_in_flight(gate: Gate, upstream: Upstream) -> None
             gate.open.set()
             for wire in (one, two):
                 assert wire.read_exactly(len(chunk(b"end")) + 5).endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("tls", [True, False])
+def test_sighup_says_what_was_done(tls: bool, upstream: Upstream, certificates: Certificates) -> None:
+    options = ("--tls-cert", certificates.server) if tls else ()
+    read = ["certificates read anew"] if tls else []
+    with ProxyProcess(upstream.url, *options) as proxy:
+        proxy.send_signal(signal.SIGHUP)
+        reload = proxy.wait_for(lambda record: record["event"] == "server.reload")
+        assert reload["message"] == ", ".join(["log reopened", *read])
+        moved = proxy.directory / "moved"
+        proxy.log_path.rename(moved)
+        proxy.log_path.mkdir()  # what can't be opened
+        proxy.send_signal(signal.SIGHUP)
+
+        def reloads() -> list[LogRecord]:
+            records = harness.parse_log(moved.read_bytes())
+            return [record for record in records if record["event"] == "server.reload"]
+
+        wait_until(lambda: len(reloads()) == 2)
+        assert reloads()[1]["message"] == ("".join(read) or "no log was reopened, and there are no certificates")
+        proxy.log_path.rmdir()
+        moved.rename(proxy.log_path)
 
 
 def test_a_port_in_use_is_one_clear_line() -> None:
