@@ -7565,7 +7565,7 @@ the record. The demo checks what it claims: it fails where record and client dis
 """
 
 
-# --- proxy/demo.py, line 23 ---
+# --- proxy/demo.py, line 24 ---
 
 _PUSH = (
     b"POST /v1.41/images/big/push?tag=latest HTTP/1.1\r\nHost: docker\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -7603,6 +7603,17 @@ class _Seen:
     lines: tuple[dict[str, typing.Any], ...]  # of the JSON message stream
     byte_count: int
     whole: bool  # whether the last chunk came
+
+
+def end_in_order_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that what the demo started ends with it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored: nohup
+            signal.signal(number, _unwind)
+
+
+def _unwind(number: int, frame: object) -> typing.NoReturn:
+    raise SystemExit(128 + number)
 
 
 def run_demo() -> int:
@@ -7683,8 +7694,11 @@ def _push_through_proxy(upstream: str, log: str, limits: list[str]) -> tuple[_Se
     )
     proxy = _fork(lambda: serve(settings))
     try:
-        host, _, port = str(_await_event(log, "server.start")["listen"]).rpartition(":")
+        host, _, port = str(_await_event(log, "server.start", proxy)["listen"]).rpartition(":")
         seen = _push(host, int(port))
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        said = [str(event["message"]) for event in _events(log) if event["level"] == "error"]
+        raise ConfigError(f"demo: {error}; the proxy's log: {said[-1] if said else 'no error'}") from error
     finally:
         _end(proxy, signal.SIGTERM)
     events = _events(log)
@@ -7701,12 +7715,15 @@ def _events(log: str) -> list[dict[str, typing.Any]]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-def _await_event(log: str, name: str) -> dict[str, typing.Any]:
+def _await_event(log: str, name: str, pid: int) -> dict[str, typing.Any]:
+    """Returns: the first event of that name. Raises: SystemExit where its process ended, which has said why."""
     give_up_at = time.monotonic() + _GIVE_UP_S
     while time.monotonic() < give_up_at:
         for event in _events(log):
             if event["event"] == name:
                 return event
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            raise SystemExit(2)
         time.sleep(0.02)
     raise RuntimeError(f"no {name} in {log} after {_GIVE_UP_S:g} s")
 
@@ -7812,6 +7829,8 @@ def _fork(run: collections.abc.Callable[[], int]) -> int:
     status = 1
     try:
         status = run()
+    except (ConfigError, OSError) as error:
+        print_line(f"proxy: error: {error}")
     except Exception:  # noqa: BLE001 - the process ends here, and must not run on in its parent's code
         traceback.print_exc()
     finally:
@@ -7902,6 +7921,7 @@ def _run_command(arguments: list[str]) -> int:
         case "demo":
             if options:
                 raise ConfigError(f"demo {options[0]!r}: demo takes no options; leave it out")
+            end_in_order_on_signals()
             try:
                 return run_demo()
             except BrokenPipeError:

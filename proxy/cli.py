@@ -16,7 +16,7 @@ import typing
 
 from . import __version__
 from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variables, load_settings
-from .demo import run_demo
+from .demo import end_in_order_on_signals, run_demo
 from .dependencies import DEPENDENCIES, open_standard_files
 from .log import print_line
 from .tls import server_context, upstream_context
@@ -66,6 +66,7 @@ def _run_command(arguments: list[str]) -> int:
         case "demo":
             if options:
                 raise ConfigError(f"demo {options[0]!r}: demo takes no options; leave it out")
+            end_in_order_on_signals()
             try:
                 return run_demo()
             except BrokenPipeError:

@@ -17,7 +17,8 @@ import time
 import traceback
 import typing
 
-from .config import load_settings
+from .config import ConfigError, load_settings
+from .log import print_line
 from .workers import serve
 
 _PUSH = (
@@ -56,6 +57,17 @@ class _Seen:
     lines: tuple[dict[str, typing.Any], ...]  # of the JSON message stream
     byte_count: int
     whole: bool  # whether the last chunk came
+
+
+def end_in_order_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind this process as Ctrl-C does, so that what the demo started ends with it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # and not ignored: nohup
+            signal.signal(number, _unwind)
+
+
+def _unwind(number: int, frame: object) -> typing.NoReturn:
+    raise SystemExit(128 + number)
 
 
 def run_demo() -> int:
@@ -136,8 +148,11 @@ def _push_through_proxy(upstream: str, log: str, limits: list[str]) -> tuple[_Se
     )
     proxy = _fork(lambda: serve(settings))
     try:
-        host, _, port = str(_await_event(log, "server.start")["listen"]).rpartition(":")
+        host, _, port = str(_await_event(log, "server.start", proxy)["listen"]).rpartition(":")
         seen = _push(host, int(port))
+    except (RuntimeError, TimeoutError, ValueError) as error:
+        said = [str(event["message"]) for event in _events(log) if event["level"] == "error"]
+        raise ConfigError(f"demo: {error}; the proxy's log: {said[-1] if said else 'no error'}") from error
     finally:
         _end(proxy, signal.SIGTERM)
     events = _events(log)
@@ -154,12 +169,15 @@ def _events(log: str) -> list[dict[str, typing.Any]]:
         return [json.loads(line) for line in file if line.endswith("\n")]
 
 
-def _await_event(log: str, name: str) -> dict[str, typing.Any]:
+def _await_event(log: str, name: str, pid: int) -> dict[str, typing.Any]:
+    """Returns: the first event of that name. Raises: SystemExit where its process ended, which has said why."""
     give_up_at = time.monotonic() + _GIVE_UP_S
     while time.monotonic() < give_up_at:
         for event in _events(log):
             if event["event"] == name:
                 return event
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            raise SystemExit(2)
         time.sleep(0.02)
     raise RuntimeError(f"no {name} in {log} after {_GIVE_UP_S:g} s")
 
@@ -265,6 +283,8 @@ def _fork(run: collections.abc.Callable[[], int]) -> int:
     status = 1
     try:
         status = run()
+    except (ConfigError, OSError) as error:
+        print_line(f"proxy: error: {error}")
     except Exception:  # noqa: BLE001 - the process ends here, and must not run on in its parent's code
         traceback.print_exc()
     finally:

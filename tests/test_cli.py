@@ -482,13 +482,20 @@ def test_demo_shows_both_pushes_and_keeps_its_promises(program: Program) -> None
     )
 
 
-@pytest.mark.parametrize("leaves", ["Ctrl-C", "reader"])
-def test_demo_that_is_left_leaves_nothing_behind(program: Program, leaves: str) -> None:
+@pytest.mark.parametrize(
+    ("leaves", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (None, 1)]
+)
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_demo_that_is_left_leaves_nothing_behind(
+    program: Program, leaves: signal.Signals | None, status: int, whole_group: bool
+) -> None:
+    temporary = program.directory / "tmp"
+    temporary.mkdir()
     # Every process of the demo has the pipe for stderr; it ends when the last of them has gone.
     with subprocess.Popen(
         [sys.executable, *program.command, "demo"],
         cwd=program.directory,
-        env=program.environment,
+        env=program.environment | {"TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -496,12 +503,24 @@ def test_demo_that_is_left_leaves_nothing_behind(program: Program, leaves: str) 
         assert process.stdout is not None
         while b"Pushing" not in process.stdout.readline():
             assert process.poll() is None
-        if leaves == "Ctrl-C":
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+        if leaves is not None and whole_group:
+            os.killpg(process.pid, leaves)  # as a terminal sends it: to all of them
+        elif leaves is not None:
+            process.send_signal(leaves)
         process.stdout.close()
         assert process.stderr is not None
         assert process.stderr.read() == b""
-        assert process.wait(PATIENCE_S) == (130 if leaves == "Ctrl-C" else 1)
+        assert process.wait(PATIENCE_S) == status
+    assert os.listdir(temporary) == []
+
+
+def test_demo_that_can_open_too_few_files_is_one_line(program: Program) -> None:
+    demo = ["prlimit", "--nofile=10:10", sys.executable, *program.command, "demo"]
+    done = subprocess.run(
+        demo, cwd=program.directory, env=program.environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.returncode == 2
+    assert re.fullmatch("proxy: error: .*Too many open files.*\n", done.stderr)
 
 
 def test_demo_fails_when_a_claim_does_not_hold(
