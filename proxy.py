@@ -6801,6 +6801,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         threading.stack_size(_STACK_BYTES)
         self._start_thread()
 
+    def tend(self) -> None:
+        """Start a thread if none waits for connections: an earlier start may have failed."""
+        with self._lock:
+            nobody_waits = self._idle == 0 and not self._stopped
+        if nobody_waits:
+            self._start_thread()
+
     def _start_thread(self) -> None:
         with self._lock:
             self._threads += 1
@@ -6955,7 +6962,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 break  # the queue is empty
             with self._lock:
                 self._queued += 1
-            threading.Thread(target=self._serve_queued, args=(request, address), daemon=True).start()
+            try:
+                threading.Thread(target=self._serve_queued, args=(request, address), daemon=True).start()
+            except RuntimeError as error:
+                with self._lock:
+                    self._queued -= 1
+                request.close()
+                self._complain("no more threads can be started; a connection from the queue was closed unread", error)
         try:
             # Wakes the threads that wait in accept.
             self.socket.shutdown(socket.SHUT_RD)
@@ -7176,6 +7189,7 @@ class WorkerProcess:
                 self._obey(command)
         elif not draining:
             self.worker.pool.sweep()
+            self.server.tend()
 
     def _count_lost_lines(self) -> None:
         self.tally.set(LOST_LINES, self._lost_before + self.log.lost_lines)

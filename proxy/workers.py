@@ -209,6 +209,7 @@ class WorkerProcess:
                 self._obey(command)
         elif not draining:
             self.worker.pool.sweep()
+            self.server.tend()
 
     def _count_lost_lines(self) -> None:
         self.tally.set(LOST_LINES, self._lost_before + self.log.lost_lines)

@@ -2,10 +2,12 @@
 
 import collections.abc
 import contextlib
+import os
 import resource
 import select
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
@@ -239,6 +241,41 @@ def test_without_descriptors_requests_fail_for_a_resource_and_it_recovers(upstre
         with contextlib.ExitStack() as stack:  # and more than one at a time
             wires = [stack.enter_context(connect(proxy.address)) for _ in range(8)]
             assert [ask(wire) for wire in wires] == [200] * 8
+
+
+# One who may read Python, wherever it is.
+_AS_USER = ("setpriv", "--clear-groups", "--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user whose processes are counted")
+def test_a_worker_without_threads_serves_once_it_can(upstream: Upstream) -> None:
+    """Threads count as processes; with room for two there is none for a thread that accepts."""
+    user = (*_AS_USER, "--reuid=61234")
+    with ProxyProcess(upstream.url, "--log-file", "-", prefix=(*user, "prlimit", "--nproc=2:")) as proxy:
+        failed = proxy.wait_for(lambda record: record["event"] == "server.resource")
+        assert "no more threads can be started" in failed["message"]
+        (pid,) = proxy.worker_pids()
+        with connect(proxy.address, patience_s=10) as wire:
+            wire.get()
+            time.sleep(0.2)  # nobody accepts it, which shows nowhere
+            assert not proxy.requests()
+            subprocess.run([*user, "prlimit", f"--pid={pid}", "--nproc=100:"], check=True)
+            assert wire.read_response().status == 200
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user whose processes are counted")
+def test_a_worker_without_threads_ends_in_order(upstream: Upstream) -> None:
+    user = (*_AS_USER, "--reuid=61235", "prlimit", "--nproc=2")
+    with ProxyProcess(upstream.url, "--log-file", "-", prefix=user) as proxy:
+        proxy.wait_for(lambda record: record["event"] == "server.resource")
+        with connect(proxy.address) as wire:
+            time.sleep(1.1)  # complaints are at most one a second
+            stop = proxy.stop()
+            assert stop["requests"]["begun"] == 0
+            assert wire.await_end() == "fin"
+        closed = [record for record in proxy.records() if "closed unread" in record["message"]]
+        assert len(closed) == 1
+        assert not [record for record in proxy.records() if record["event"] in ("worker.error", "worker.exit")]
 
 
 def test_tls_connections_leave_no_memory_behind(upstream: Upstream, certificates: Certificates) -> None:
