@@ -487,11 +487,11 @@ class Supervisor:
             if index is None:
                 continue
             os.close(self.pipes.pop(index))
-            if not self.stopping:
+            if status or not self.stopping:
                 self._mourn(index, pid, status)
 
     def _mourn(self, index: int, pid: int, status: int) -> None:
-        """A worker died unasked: say what was lost with it, and start another."""
+        """A worker died unasked: say what was lost with it, and start another unless all are to end."""
         cells = Tally(self.counts.slot(index))
         counts = cells.counts()
         lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
@@ -501,11 +501,12 @@ class Supervisor:
             if os.WIFSIGNALED(status)
             else f"with status {os.WEXITSTATUS(status)}"
         )
+        then = "in the drain" if self.stopping else "and is started again"
         pause_s = _RESTART_PAUSE_S if time.monotonic() - self.started_at[index] < 10 else 0.0
         self.log.event(
             "error",
             "worker.exit",
-            message=f"worker {index} ended {how} and is started again; {lost} requests were lost without a record",
+            message=f"worker {index} ended {how} {then}; {lost} requests were lost without a record",
             pid=pid,
             worker=index,
             status=os.waitstatus_to_exitcode(status),

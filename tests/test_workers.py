@@ -227,6 +227,22 @@ def test_a_worker_that_is_killed_is_replaced(gate: Gate, upstream: Upstream) -> 
         assert counts["complete"] == 30 + len(held[other])
 
 
+def test_a_worker_that_is_killed_in_the_drain_is_told(upstream: Upstream) -> None:
+    """With what was lost, so that the balance is explained; nothing takes its place."""
+    with ProxyProcess(upstream.url, "--drain-timeout", "30") as proxy, begin(proxy, "/never"):
+        (worker,) = proxy.worker_pids()
+        proxy.send_signal(signal.SIGTERM)
+        proxy.wait_for(lambda record: record["event"] == "server.drain")
+        os.kill(worker, signal.SIGKILL)
+        assert proxy.process.wait(5) == 0
+        exit_record, stop = proxy.records()[-2:]
+        assert (exit_record["event"], exit_record["pid"], exit_record["lost_requests"]) == ("worker.exit", worker, 1)
+        assert (
+            exit_record["message"] == "worker 0 ended by signal 9 in the drain; 1 requests were lost without a record"
+        )
+        assert (stop["event"], stop["balanced"]) == ("server.stop", False)
+
+
 def test_a_worker_that_cannot_be_started_again_is_tried_again(upstream: Upstream) -> None:
     """Out of descriptors the process above goes on, and the other worker with it."""
     with ProxyProcess(upstream.url, "--workers", "2") as proxy:
