@@ -467,10 +467,14 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
         raise ConfigError(f"{where}: line {line} is not UTF-8; save the file as UTF-8") from error
     try:
         table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        # TOMLDecodeError says line and column. It is a ValueError, as is what int() says of thousands of digits.
+        repr(table)  # fails where an error message would: a hexadecimal number of any length is read, but not shown
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        # TOMLDecodeError says line and column.
         problem = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f'{where}: is not TOML: {problem[:200]}; write lines such as name = "value"') from error
+    except ValueError as error:
+        # What int() and repr() say of more than 4300 digits.
+        raise ConfigError(f"{where}: holds a number of thousands of digits; write a shorter one") from error
     lines = _key_lines(text)
     given: dict[str, tuple[str, str]] = {}
     for name, value in table.items():
