@@ -3690,12 +3690,17 @@ def _load_identity(
     try:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as error:
-        hint = (
-            "the key does not belong to the certificate"
-            if error.reason == "KEY_VALUES_MISMATCH"
-            else "both must be PEM"
-        )
+        hint = "both must be PEM"
+        if error.reason == "KEY_VALUES_MISMATCH":
+            hint = "the key does not belong to the certificate"
+        elif key is None and not _holds_key(cert):
+            hint = f"it holds no key; set --{key_name.replace('_', '-')} too"
         raise ConfigError(f"{where}: can't be used: {error.reason or error}; {hint}") from error
+
+
+def _holds_key(path: str) -> bool:
+    with open(path, "rb") as file:
+        return b" PRIVATE KEY-----" in file.read()
 
 
 def _load_authorities(context: ssl.SSLContext, settings: Settings, name: str, path: str) -> None:

@@ -387,7 +387,7 @@ def test_check_loads_the_files_of_tls(program: Program, certificates: pathlib.Pa
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (("--tls-cert", "cert.pem"), "tls_cert '{}/cert.pem' (flag): can't be used"),
+        (("--tls-cert", "cert.pem"), "it holds no key; set --tls-key too"),
         (("--tls-cert", "cert.pem", "--tls-key", "other.pem"), "the key does not belong to the certificate"),
         (("--tls-cert", "cert.pem", "--tls-key", "locked.pem"), "the key is encrypted"),
         (("--tls-cert", "garbage.pem", "--tls-key", "key.pem"), "tls_cert '{}/garbage.pem' (flag)"),
@@ -402,6 +402,7 @@ def test_check_loads_the_files_of_tls(program: Program, certificates: pathlib.Pa
             "upstream_ca '{}/missing.pem' (flag): can't read",
         ),
         (("--upstream", "https://h", "--upstream-cert", "ca.pem"), "upstream_cert '{}/ca.pem' (flag): can't be used"),
+        (("--upstream", "https://h", "--upstream-cert", "ca.pem"), "it holds no key; set --upstream-key too"),
     ],
 )
 def test_check_refuses_files_of_tls(
