@@ -563,9 +563,13 @@ def serve(settings: Settings) -> int:
     try:
         log = EventLog(settings.log_file, settings.log_level)
     except OSError as error:
+        mend = "choose a path that can be written, or - for stderr"
+        if error.errno == errno.ENXIO:
+            mend = (
+                "a named pipe needs a reader first, and a socket is no file; start the reader, or choose another path"
+            )
         raise ConfigError(
-            f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror};"
-            " choose a path that can be written, or - for stderr"
+            f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; {mend}"
         ) from error
     raise_file_limit()
     listeners, where = open_listeners(settings)

@@ -465,6 +465,14 @@ def test_serve_where_it_may_not(program: Program) -> None:
     assert "listen 'no-such-host.invalid:0' (flag): " in program.refusal("--listen", "no-such-host.invalid:0")
 
 
+def test_serve_into_a_pipe_that_nobody_reads(program: Program) -> None:
+    os.mkfifo(program.directory / "log")
+    assert program.refusal("--listen", "127.0.0.1:0", "--log-file", "log") == (
+        "log_file 'log' (flag): No such device or address; a named pipe needs a reader first, and a socket is no file;"
+        " start the reader, or choose another path"
+    )
+
+
 # -- demo ------------------------------------------------------------------------------------------------------------
 
 
