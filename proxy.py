@@ -7878,9 +7878,21 @@ def _field(record: dict[str, typing.Any], path: tuple[str, ...]) -> object:
     return value
 
 
+def show(text: str) -> None:
+    """Write to standard output. Raises: BrokenPipeError where the reader has left; else ConfigError."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # The rest goes nowhere: what is in the buffer would fail once more, noisily, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ConfigError(f"standard output can't be written: {error.strerror}; check where it goes") from error
+
+
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    show(text + "\n")
 
 
 def _wrapped(text: str) -> str:
@@ -7953,8 +7965,7 @@ def _run_command(arguments: list[str]) -> int:
             try:
                 return run_demo()
             except BrokenPipeError:
-                _forget_output()  # `demo | head`: nobody watches to the end
-                return 1
+                return 1  # `demo | head`: nobody watches to the end
         case _:
             raise ConfigError(_unknown_command(command))
 
@@ -7971,18 +7982,10 @@ def _unknown_command(command: str) -> str:
 def _write_out(text: str) -> int:
     """Write to standard output. Returns: 0, also where the reader has left (``| head``). Raises: ConfigError."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        _forget_output()
-        if not isinstance(error, BrokenPipeError):
-            raise ConfigError(f"standard output can't be written: {error.strerror}; check where it goes") from error
+        show(text)
+    except BrokenPipeError:
+        return 0
     return 0
-
-
-def _forget_output() -> None:
-    """Let the rest of standard output go nowhere: what is in its buffer would fail once more, noisily, at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(width: int) -> str:

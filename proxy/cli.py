@@ -16,7 +16,7 @@ import typing
 
 from . import __version__
 from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variables, load_settings
-from .demo import end_in_order_on_signals, run_demo
+from .demo import end_in_order_on_signals, run_demo, show
 from .dependencies import DEPENDENCIES, open_standard_files
 from .log import print_line
 from .tls import server_context, upstream_context
@@ -70,8 +70,7 @@ def _run_command(arguments: list[str]) -> int:
             try:
                 return run_demo()
             except BrokenPipeError:
-                _forget_output()  # `demo | head`: nobody watches to the end
-                return 1
+                return 1  # `demo | head`: nobody watches to the end
         case _:
             raise ConfigError(_unknown_command(command))
 
@@ -88,18 +87,10 @@ def _unknown_command(command: str) -> str:
 def _write_out(text: str) -> int:
     """Write to standard output. Returns: 0, also where the reader has left (``| head``). Raises: ConfigError."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        _forget_output()
-        if not isinstance(error, BrokenPipeError):
-            raise ConfigError(f"standard output can't be written: {error.strerror}; check where it goes") from error
+        show(text)
+    except BrokenPipeError:
+        return 0
     return 0
-
-
-def _forget_output() -> None:
-    """Let the rest of standard output go nowhere: what is in its buffer would fail once more, noisily, at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def help_text(width: int) -> str:

@@ -304,9 +304,21 @@ def _field(record: dict[str, typing.Any], path: tuple[str, ...]) -> object:
     return value
 
 
+def show(text: str) -> None:
+    """Write to standard output. Raises: BrokenPipeError where the reader has left; else ConfigError."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # The rest goes nowhere: what is in the buffer would fail once more, noisily, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ConfigError(f"standard output can't be written: {error.strerror}; check where it goes") from error
+
+
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    show(text + "\n")
 
 
 def _wrapped(text: str) -> str:

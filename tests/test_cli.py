@@ -322,11 +322,11 @@ def test_check_into_a_pipe_whose_reader_has_left(program: Program) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_check_onto_a_full_disk(program: Program) -> None:
-    command = [sys.executable, *program.command, "check"]
+@pytest.mark.parametrize("command", ["check", "demo", "--help"])
+def test_onto_a_full_disk(program: Program, command: str) -> None:
     with open("/dev/full", "wb") as output:
         done = subprocess.run(
-            command,
+            [sys.executable, *program.command, command],
             cwd=program.directory,
             env=program.environment,
             stdout=output,
