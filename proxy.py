@@ -896,6 +896,7 @@ class NoBody:
     content = 0
     ends_with_connection = False
     between_chunks = True
+    undecided = 0
     mark: Mark = (0, 0, 0, b"")
 
     def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
@@ -923,6 +924,7 @@ class LengthFraming:
     __slots__ = ("complete", "content", "remaining")
     ends_with_connection = False
     between_chunks = True
+    undecided = 0
 
     def __init__(self, length: int) -> None:
         self.remaining = length
@@ -994,6 +996,10 @@ _NEVER_IN_TRAILERS = frozenset(
         b"connection",
         b"content-length",
         b"host",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
         b"te",
         b"trailer",
         b"transfer-encoding",
@@ -1001,6 +1007,7 @@ _NEVER_IN_TRAILERS = frozenset(
         b"x-forwarded-for",
         b"x-forwarded-host",
         b"x-forwarded-proto",
+        b"x-request-id",
     )
 )
 
@@ -1013,8 +1020,10 @@ class ChunkedFraming:
     __slots__ = (
         "complete",
         "content",
+        "last_chunk_size",
         "line",
         "max_trailer_size",
+        "options",
         "remaining",
         "state",
         "trailer_fields",
@@ -1022,7 +1031,7 @@ class ChunkedFraming:
     )
     ends_with_connection = False
 
-    def __init__(self, max_trailer_size: int = 65536) -> None:
+    def __init__(self, max_trailer_size: int = 65536, options: frozenset[bytes] = frozenset()) -> None:
         self.state = _CHUNK_SIZE
         self.remaining = 0
         self.content = 0
@@ -1031,11 +1040,25 @@ class ChunkedFraming:
         self.max_trailer_size = max_trailer_size
         self.trailer_size = 0
         self.trailer_fields = 0
+        self.last_chunk_size = 0  # of its line
+        self.options = options  # which fields the head's Connection names
 
     @property
     def between_chunks(self) -> bool:
         """Whether what has passed ends exactly where a chunk could begin."""
         return self.state == _CHUNK_SIZE and not self.line
+
+    @property
+    def undecided(self) -> int:
+        """How many of the octets taken last may not go on yet: a part of a chunk line, or the last chunk while its
+        trailer section is not whole. Some recipients take either for the end of the message (``int("0", 16)``), and a
+        message that is cut there must not look whole.
+        """
+        if self.state == _CHUNK_SIZE:
+            return len(self.line)
+        if self.state != _TRAILER or self.complete:
+            return 0
+        return self.last_chunk_size + self.trailer_size + len(self.line)
 
     @property
     def mark(self) -> Mark:
@@ -1095,6 +1118,7 @@ class ChunkedFraming:
                     raise MalformedMessage("not a chunk size", at - start, line)
                 self.remaining = int(match[1], 16)
                 self.state = _CHUNK_DATA if self.remaining else _TRAILER
+                self.last_chunk_size = len(line)
             elif self.state == _CHUNK_END:
                 if len(line) != 2:
                     raise MalformedMessage("a chunk longer than its size", at - start, line)
@@ -1156,9 +1180,11 @@ class ChunkedFraming:
         if self.trailer_fields > MAX_FIELDS:
             raise MalformedMessage(f"more than {MAX_FIELDS} trailer fields", octet, status=431, bound="max_fields")
         if FIELD_LINES.fullmatch(line) is None:
-            raise MalformedMessage("a trailer field that is no field", octet, line)
-        if line.split(b":", 1)[0].lower() in _NEVER_IN_TRAILERS:
-            raise MalformedMessage("a trailer field that may only stand in a head", octet, line)
+            raise MalformedMessage("a trailer field that is no field", octet, line.partition(b":")[0])
+        # Some recipients read "_" as "-", as heads are judged, too.
+        name = line.split(b":", 1)[0].lower().replace(b"_", b"-")
+        if name in _NEVER_IN_TRAILERS or name in self.options:
+            raise MalformedMessage("a trailer field that may only stand in a head", octet, name)
 
     def opaque(self) -> int:
         """Returns: how many of the next octets are content whatever they are: what is left of the chunk."""
@@ -1178,7 +1204,7 @@ Framing = NoBody | LengthFraming | ConnectionFraming | ChunkedFraming
 def request_framing(section: HeaderSection, max_trailer_size: int) -> Framing:
     """Returns: the framing of a request body (RFC 9112 §6.3): chunked, by length, or none."""
     if section.chunked:
-        return ChunkedFraming(max_trailer_size)
+        return ChunkedFraming(max_trailer_size, section.options)
     if section.content_length:
         return LengthFraming(section.content_length)
     return NO_BODY
@@ -1189,7 +1215,7 @@ def response_framing(status: int, section: HeaderSection, request_method: bytes,
     if request_method == b"HEAD" or status in (204, 304):
         return NO_BODY
     if section.chunked:
-        return ChunkedFraming(max_trailer_size)
+        return ChunkedFraming(max_trailer_size, section.options)
     if section.content_length is not None:
         return LengthFraming(section.content_length) if section.content_length else NO_BODY
     return ConnectionFraming()
@@ -1206,10 +1232,14 @@ Everything else treats a docker daemon as any HTTP/1.1 server.
 
 # --- proxy/docker.py, line 13 ---
 
+# What an absolute-form target has before its path (RFC 9112 §3.2.2).
+_ORIGIN = rb"(?:[Hh][Tt][Tt][Pp][Ss]?://[^/?]*)?"
 # dockerd hijacks the connection for these without being asked to upgrade: API before 1.24 and clients that never ask.
-_HIJACKING_TARGET = re.compile(rb"(?:/v[0-9.]+)?/(?:containers/[^/?]+/attach|exec/[^/?]+/start)(?:\?.*)?")
+_HIJACKING_TARGET = re.compile(_ORIGIN + rb"(?:/v[0-9.]+)?/(?:containers/[^/?]+/attach|exec/[^/?]+/start)(?:\?.*)?")
 _RAW_STREAMS = (b"application/vnd.docker.raw-stream", b"application/vnd.docker.multiplexed-stream")
-_MESSAGE_STREAM_TARGET = re.compile(rb"(?:/v[0-9.]+)?/(?:build|images/create|images/load|images/.+/push)(?:\?.*)?")
+_MESSAGE_STREAM_TARGET = re.compile(
+    _ORIGIN + rb"(?:/v[0-9.]+)?/(?:build|images/create|images/load|images/.+/push)(?:\?.*)?"
+)
 
 
 def hijacks(request: RequestHead, response: ResponseHead, framing: Framing) -> bool:
@@ -4368,6 +4398,7 @@ class Flow:
         "fed_from",
         "finished",
         "framing",
+        "held",
         "last_read_at",
         "last_written_at",
         "mark",
@@ -4392,6 +4423,7 @@ class Flow:
         self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
         self.mark: Mark = (0, 0, 0, b"")
+        self.held = bytearray()  # read, and not to go on before more of it is known; see ChunkedFraming.undecided
         self.dechunk = False  # only content is on the way
         self.bulk = False  # the last read filled what it was given
         self.buffer: tuple[bytearray, memoryview] | None = None  # used again and again by a flow in bulk
@@ -4410,6 +4442,22 @@ class Flow:
             octets = bytearray(_BULK_BUFFER)
             self.buffer = octets, memoryview(octets)
         return self.buffer
+
+    def release_decided(self, octets: Octets, count: int) -> tuple[Octets, int, int]:
+        """Put what was held before the ``count`` octets just fed, and hold what may not go on yet.
+
+        Returns: the octets that may go on, how many of them, and where in them those just fed begin.
+        """
+        undecided = self.framing.undecided
+        held = self.held
+        before = len(held)
+        held += octets[:count]
+        count = len(held) - undecided
+        if not count:
+            return b"", 0, 0
+        octets = bytes(held[:count])
+        del held[:count]
+        return octets, count, min(before, count)
 
     def push(self, now: float, watch: Watch | None) -> None:
         """Write what is on the way to the sink, as far as it takes it.
@@ -4746,12 +4794,16 @@ class Relay:
                 limit=bound,
                 detail=f"the body is larger than {bound.value:,} bytes",
             )
+        fed_from = 0
+        if request.held or framing.undecided:
+            octets, stop, fed_from = request.release_decided(octets, stop)
         if held:
             request.octets = bytes(request.octets) + octets[:stop]
             request.end = held + stop
         else:
             request.octets = octets
-            request.start = request.fed_from = 0
+            request.start = 0
+            request.fed_from = fed_from
             request.end = stop
             request.pending = stop > 0
 
@@ -5050,7 +5102,7 @@ class Relay:
         else:
             connection = b"" if self.request_head.minor else b"Connection: keep-alive\r\n"
         if status == 426:
-            connection = upgrade_lines(head.section)
+            connection = upgrade_lines(head.section) + connection
         self.message_stream = is_message_stream(self.request_head, head)
         if self.message_stream:
             response.tail = b""
@@ -5086,15 +5138,21 @@ class Relay:
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
+        fed_from = len(head)
+        if contents is None and (response.held or framing.undecided):
+            octets, stop, fed_from = response.release_decided(octets, stop)
+            fed_from += len(head)
         if head:
             if response.start < response.end:  # an interim head that the client has not taken yet
-                head = bytes(response.octets[response.start : response.end]) + head
+                before = bytes(response.octets[response.start : response.end])
+                head = before + head
+                fed_from += len(before)
             octets = head + octets[:stop]
             stop = len(octets)
         response.octets = octets
         response.start = 0
         response.end = stop
-        response.fed_from = len(head)
+        response.fed_from = fed_from
         response.pending = stop > 0
 
     def _flush_response(self, now: float) -> None:
@@ -6606,7 +6664,8 @@ class ClientConnection:
 
     def _answer(self, record: Record, abort: Abort, status: int) -> None:
         message = record.sentence(abort) + f" (request id {record.request_id})"
-        head_only = record.head is not None and record.head.method == b"HEAD"
+        method = record.head.method if record.head is not None else (record.request_line or (b"",))[0]
+        head_only = method == b"HEAD"
         octets = error_response(
             abort, status, message, self.settings.proxy_name, record.request_id, head_only=head_only
         )

@@ -10,10 +10,14 @@ import re
 from .framing import ConnectionFraming, Framing
 from .head import RequestHead, ResponseHead
 
+# What an absolute-form target has before its path (RFC 9112 §3.2.2).
+_ORIGIN = rb"(?:[Hh][Tt][Tt][Pp][Ss]?://[^/?]*)?"
 # dockerd hijacks the connection for these without being asked to upgrade: API before 1.24 and clients that never ask.
-_HIJACKING_TARGET = re.compile(rb"(?:/v[0-9.]+)?/(?:containers/[^/?]+/attach|exec/[^/?]+/start)(?:\?.*)?")
+_HIJACKING_TARGET = re.compile(_ORIGIN + rb"(?:/v[0-9.]+)?/(?:containers/[^/?]+/attach|exec/[^/?]+/start)(?:\?.*)?")
 _RAW_STREAMS = (b"application/vnd.docker.raw-stream", b"application/vnd.docker.multiplexed-stream")
-_MESSAGE_STREAM_TARGET = re.compile(rb"(?:/v[0-9.]+)?/(?:build|images/create|images/load|images/.+/push)(?:\?.*)?")
+_MESSAGE_STREAM_TARGET = re.compile(
+    _ORIGIN + rb"(?:/v[0-9.]+)?/(?:build|images/create|images/load|images/.+/push)(?:\?.*)?"
+)
 
 
 def hijacks(request: RequestHead, response: ResponseHead, framing: Framing) -> bool:

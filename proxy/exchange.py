@@ -792,7 +792,8 @@ class ClientConnection:
 
     def _answer(self, record: Record, abort: Abort, status: int) -> None:
         message = record.sentence(abort) + f" (request id {record.request_id})"
-        head_only = record.head is not None and record.head.method == b"HEAD"
+        method = record.head.method if record.head is not None else (record.request_line or (b"",))[0]
+        head_only = method == b"HEAD"
         octets = error_response(
             abort, status, message, self.settings.proxy_name, record.request_id, head_only=head_only
         )

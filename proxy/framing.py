@@ -36,6 +36,7 @@ class NoBody:
     content = 0
     ends_with_connection = False
     between_chunks = True
+    undecided = 0
     mark: Mark = (0, 0, 0, b"")
 
     def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
@@ -63,6 +64,7 @@ class LengthFraming:
     __slots__ = ("complete", "content", "remaining")
     ends_with_connection = False
     between_chunks = True
+    undecided = 0
 
     def __init__(self, length: int) -> None:
         self.remaining = length
@@ -134,6 +136,10 @@ _NEVER_IN_TRAILERS = frozenset(
         b"connection",
         b"content-length",
         b"host",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
         b"te",
         b"trailer",
         b"transfer-encoding",
@@ -141,6 +147,7 @@ _NEVER_IN_TRAILERS = frozenset(
         b"x-forwarded-for",
         b"x-forwarded-host",
         b"x-forwarded-proto",
+        b"x-request-id",
     )
 )
 
@@ -153,8 +160,10 @@ class ChunkedFraming:
     __slots__ = (
         "complete",
         "content",
+        "last_chunk_size",
         "line",
         "max_trailer_size",
+        "options",
         "remaining",
         "state",
         "trailer_fields",
@@ -162,7 +171,7 @@ class ChunkedFraming:
     )
     ends_with_connection = False
 
-    def __init__(self, max_trailer_size: int = 65536) -> None:
+    def __init__(self, max_trailer_size: int = 65536, options: frozenset[bytes] = frozenset()) -> None:
         self.state = _CHUNK_SIZE
         self.remaining = 0
         self.content = 0
@@ -171,11 +180,25 @@ class ChunkedFraming:
         self.max_trailer_size = max_trailer_size
         self.trailer_size = 0
         self.trailer_fields = 0
+        self.last_chunk_size = 0  # of its line
+        self.options = options  # which fields the head's Connection names
 
     @property
     def between_chunks(self) -> bool:
         """Whether what has passed ends exactly where a chunk could begin."""
         return self.state == _CHUNK_SIZE and not self.line
+
+    @property
+    def undecided(self) -> int:
+        """How many of the octets taken last may not go on yet: a part of a chunk line, or the last chunk while its
+        trailer section is not whole. Some recipients take either for the end of the message (``int("0", 16)``), and a
+        message that is cut there must not look whole.
+        """
+        if self.state == _CHUNK_SIZE:
+            return len(self.line)
+        if self.state != _TRAILER or self.complete:
+            return 0
+        return self.last_chunk_size + self.trailer_size + len(self.line)
 
     @property
     def mark(self) -> Mark:
@@ -235,6 +258,7 @@ class ChunkedFraming:
                     raise MalformedMessage("not a chunk size", at - start, line)
                 self.remaining = int(match[1], 16)
                 self.state = _CHUNK_DATA if self.remaining else _TRAILER
+                self.last_chunk_size = len(line)
             elif self.state == _CHUNK_END:
                 if len(line) != 2:
                     raise MalformedMessage("a chunk longer than its size", at - start, line)
@@ -296,9 +320,11 @@ class ChunkedFraming:
         if self.trailer_fields > MAX_FIELDS:
             raise MalformedMessage(f"more than {MAX_FIELDS} trailer fields", octet, status=431, bound="max_fields")
         if FIELD_LINES.fullmatch(line) is None:
-            raise MalformedMessage("a trailer field that is no field", octet, line)
-        if line.split(b":", 1)[0].lower() in _NEVER_IN_TRAILERS:
-            raise MalformedMessage("a trailer field that may only stand in a head", octet, line)
+            raise MalformedMessage("a trailer field that is no field", octet, line.partition(b":")[0])
+        # Some recipients read "_" as "-", as heads are judged, too.
+        name = line.split(b":", 1)[0].lower().replace(b"_", b"-")
+        if name in _NEVER_IN_TRAILERS or name in self.options:
+            raise MalformedMessage("a trailer field that may only stand in a head", octet, name)
 
     def opaque(self) -> int:
         """Returns: how many of the next octets are content whatever they are: what is left of the chunk."""
@@ -318,7 +344,7 @@ Framing = NoBody | LengthFraming | ConnectionFraming | ChunkedFraming
 def request_framing(section: HeaderSection, max_trailer_size: int) -> Framing:
     """Returns: the framing of a request body (RFC 9112 §6.3): chunked, by length, or none."""
     if section.chunked:
-        return ChunkedFraming(max_trailer_size)
+        return ChunkedFraming(max_trailer_size, section.options)
     if section.content_length:
         return LengthFraming(section.content_length)
     return NO_BODY
@@ -329,7 +355,7 @@ def response_framing(status: int, section: HeaderSection, request_method: bytes,
     if request_method == b"HEAD" or status in (204, 304):
         return NO_BODY
     if section.chunked:
-        return ChunkedFraming(max_trailer_size)
+        return ChunkedFraming(max_trailer_size, section.options)
     if section.content_length is not None:
         return LengthFraming(section.content_length) if section.content_length else NO_BODY
     return ConnectionFraming()

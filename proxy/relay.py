@@ -79,6 +79,7 @@ class Flow:
         "fed_from",
         "finished",
         "framing",
+        "held",
         "last_read_at",
         "last_written_at",
         "mark",
@@ -103,6 +104,7 @@ class Flow:
         self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
         self.mark: Mark = (0, 0, 0, b"")
+        self.held = bytearray()  # read, and not to go on before more of it is known; see ChunkedFraming.undecided
         self.dechunk = False  # only content is on the way
         self.bulk = False  # the last read filled what it was given
         self.buffer: tuple[bytearray, memoryview] | None = None  # used again and again by a flow in bulk
@@ -121,6 +123,22 @@ class Flow:
             octets = bytearray(_BULK_BUFFER)
             self.buffer = octets, memoryview(octets)
         return self.buffer
+
+    def release_decided(self, octets: Octets, count: int) -> tuple[Octets, int, int]:
+        """Put what was held before the ``count`` octets just fed, and hold what may not go on yet.
+
+        Returns: the octets that may go on, how many of them, and where in them those just fed begin.
+        """
+        undecided = self.framing.undecided
+        held = self.held
+        before = len(held)
+        held += octets[:count]
+        count = len(held) - undecided
+        if not count:
+            return b"", 0, 0
+        octets = bytes(held[:count])
+        del held[:count]
+        return octets, count, min(before, count)
 
     def push(self, now: float, watch: Watch | None) -> None:
         """Write what is on the way to the sink, as far as it takes it.
@@ -457,12 +475,16 @@ class Relay:
                 limit=bound,
                 detail=f"the body is larger than {bound.value:,} bytes",
             )
+        fed_from = 0
+        if request.held or framing.undecided:
+            octets, stop, fed_from = request.release_decided(octets, stop)
         if held:
             request.octets = bytes(request.octets) + octets[:stop]
             request.end = held + stop
         else:
             request.octets = octets
-            request.start = request.fed_from = 0
+            request.start = 0
+            request.fed_from = fed_from
             request.end = stop
             request.pending = stop > 0
 
@@ -761,7 +783,7 @@ class Relay:
         else:
             connection = b"" if self.request_head.minor else b"Connection: keep-alive\r\n"
         if status == 426:
-            connection = upgrade_lines(head.section)
+            connection = upgrade_lines(head.section) + connection
         self.message_stream = is_message_stream(self.request_head, head)
         if self.message_stream:
             response.tail = b""
@@ -797,15 +819,21 @@ class Relay:
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
+        fed_from = len(head)
+        if contents is None and (response.held or framing.undecided):
+            octets, stop, fed_from = response.release_decided(octets, stop)
+            fed_from += len(head)
         if head:
             if response.start < response.end:  # an interim head that the client has not taken yet
-                head = bytes(response.octets[response.start : response.end]) + head
+                before = bytes(response.octets[response.start : response.end])
+                head = before + head
+                fed_from += len(before)
             octets = head + octets[:stop]
             stop = len(octets)
         response.octets = octets
         response.start = 0
         response.end = stop
-        response.fed_from = len(head)
+        response.fed_from = fed_from
         response.pending = stop > 0
 
     def _flush_response(self, now: float) -> None:

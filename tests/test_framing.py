@@ -229,6 +229,10 @@ def test_complete_takes_nothing_more() -> None:
         (b"0\r\nX: y\rZ", "a control character in chunked framing"),
         (b"0\r\nX: y\n", "a line feed without its carriage return in chunked framing"),
         (b"0\r\nHOST: y\r\n", "a trailer field that may only stand in a head"),
+        (b"0\r\nKeep-Alive: 1\r\n", "a trailer field that may only stand in a head"),
+        (b"0\r\nProxy-Authorization: y\r\n", "a trailer field that may only stand in a head"),
+        (b"0\r\nX_Forwarded_For: y\r\n", "a trailer field that may only stand in a head"),
+        (b"0\r\nX-Request-Id: y\r\n", "a trailer field that may only stand in a head"),
         (b"0\r\n" + b"X:\r\n" * (MAX_FIELDS + 1), f"more than {MAX_FIELDS} trailer fields"),
     ],
 )
@@ -242,6 +246,27 @@ def test_chunked_refused(octets: bytes, reason: str, make: type[bytes] | type[by
     assert type(caught.value.excerpt) is bytes
     with pytest.raises(MalformedMessage):
         _read(ChunkedFraming(), _pieces(octets, list(range(len(octets)))))
+
+
+def test_a_trailer_field_that_connection_names_is_refused() -> None:
+    """RFC 9110 §7.6.1: it is for the next hop alone, and what passes is not changed."""
+    octets = b"0\r\nX-Secret: y\r\n\r\n"
+    assert ChunkedFraming().feed(octets, 0, len(octets)) == len(octets)
+    with pytest.raises(MalformedMessage) as caught:
+        ChunkedFraming(options=frozenset((b"x-secret",))).feed(octets, 0, len(octets))
+    assert caught.value.excerpt == b"x-secret"  # no value: it may be a secret
+
+
+def test_what_may_be_taken_for_the_end_is_undecided_until_it_is_the_end() -> None:
+    octets = b"1;e=f\r\na\r\n00\r\nX: y\r\n\r\n"
+    framing = ChunkedFraming()
+    found = []
+    for i in range(len(octets)):
+        framing.feed(octets, i, i + 1)
+        found.append(framing.undecided)
+    size_line, content, last = [1, 2, 3, 4, 5, 6, 0], [0, 0, 0], list(range(1, 12))
+    assert found == size_line + content + [*last, 0]
+    assert ChunkedFraming().feed(octets, 0, len(octets)) == len(octets)
 
 
 def test_size_of_trailer_section() -> None:

@@ -688,3 +688,82 @@ def test_waiting_costs_no_time_of_the_processor(kind: str, half_close: str, cert
             time.sleep(0.4)  # what is measured
             spans.append(proxy.cpu_s() - used_s)
         assert min(spans) < 0.15, spans
+
+
+# -- ends that look whole -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "last", [b"0", b"0\r", b"0\r\n", b"0\r\nX: y\r\n", b"0\r\nX: y\r\n\r", b"0\r\nHost: y\r\n\r\n"]
+)
+def test_a_last_chunk_without_its_end_is_not_passed_on(last: bytes) -> None:
+    """Python's own client takes ``0`` and an end for a whole message."""
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(CHUNKED + chunk(b"abc"))
+        time.sleep(0.05)  # so that it comes in a read of its own
+        for i in range(len(last)):
+            wire.send(last[i : i + 1])
+        time.sleep(0.05)
+        wire.end_write()
+        wire.await_end()
+
+    with served(script) as (_, proxy, wire):
+        wire.send(get())
+        octets = wire.read_to_end()
+        assert octets.endswith(b"\r\n\r\n3\r\nabc\r\n")
+        record = sole_record(proxy)
+        assert (record["event"], record["side"]) == ("request.abort", "upstream")
+        assert record["bytes"]["response_body"] == 3
+        assert record["bytes"]["client_written"] == len(octets)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])
+def test_chunks_and_trailers_in_pieces_arrive_as_they_were_sent(size: int) -> None:
+    message = b"".join(chunk(bytes([65 + i]) * (i * 7)) for i in range(1, 20)) + b"000;x=y\r\nX: y\r\nZ:\r\n\r\n"
+    seen = []
+
+    def script(wire: Wire) -> None:
+        seen.append(wire.read_request())
+        wire.send(CHUNKED)
+        for i in range(0, len(message), size):
+            wire.send(message[i : i + size])
+            if size > 1:
+                time.sleep(0.002)  # so that most come in reads of their own
+        wire.await_end()
+
+    with served(script) as (_, proxy, wire):
+        wire.send(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for i in range(0, len(message), size):
+            wire.send(message[i : i + size])
+        head = wire.read_head()
+        assert b"200 OK" in head
+        assert wire.read_exactly(len(message)) == message
+        assert seen[0].endswith(b"\r\n\r\n" + message)
+        record = sole_record(proxy)
+        assert record["event"] == "request.complete"
+        assert record["bytes"]["request_body"] == record["bytes"]["response_body"] == sum(i * 7 for i in range(1, 20))
+        assert record["bytes"]["client_written"] == len(head) + len(message)
+
+
+@pytest.mark.parametrize(
+    "octets", [b"HEAD / HTTP/1.1\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: gzip\r\n\r\n"]
+)
+def test_a_refused_head_request_gets_no_body(octets: bytes) -> None:
+    with served(answer(ok())) as (_, proxy, wire):
+        wire.send(octets)
+        head, _, body = wire.read_to_end().partition(b"\r\n\r\n")
+        assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 "))
+        assert body == b""
+        assert sole_record(proxy)["event"] == "request.reject"
+
+
+def test_an_upgrade_that_is_required_on_a_connection_that_ends() -> None:
+    refusal = b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: tcp\r\nConnection: Upgrade\r\nContent-Length: 0\r\n\r\n"
+    with served(answer(refusal)) as (_, proxy, wire):
+        wire.send(get(extra="Connection: close\r\n"))
+        lines = wire.read_to_end().split(b"\r\n")
+        assert b"Connection: Upgrade" in lines
+        assert b"Connection: close" in lines
+        assert sole_record(proxy)["status"] == 426

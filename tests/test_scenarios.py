@@ -1095,15 +1095,16 @@ def _check_seen(row: Row, record: harness.LogRecord, seen: Seen) -> None:
 # -- what does not fit a row ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("origin", ["", "http://t"], ids=["origin_form", "absolute_form"])
 @pytest.mark.parametrize("over", ALL, ids="-".join)
-def test_dockers_stream_ends_with_a_line_that_tells_why(stage: Stage, over: tuple[str, str]) -> None:
+def test_dockers_stream_ends_with_a_line_that_tells_why(stage: Stage, over: tuple[str, str], origin: str) -> None:
     upstream = stage.upstream = stage.upstreams[over[1]]
     upstream.script = send_then_stall(JSON_STREAM + chunk(b'{"stream":"Step 1"}\r\n'))
     proxy = stage.use(upstream.url, over[0], ("--upstream-read-timeout", T))
     before = len(proxy.requests())
     context = stage.client_context if over[0] == "tls" else None
     with peers.connect(proxy.address, context) as wire:
-        wire.send(post(b"", target="/v1.41/build?t=x"))
+        wire.send(post(b"", target=f"{origin}/v1.41/build?t=x"))
         response = wire.read_response()
         end = wire.await_end()
     record = proxy.wait_requests(before + 1)[-1]
