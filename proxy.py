@@ -3763,7 +3763,7 @@ failed.
 """
 
 
-# --- proxy/upstream.py, line 32 ---
+# --- proxy/upstream.py, line 33 ---
 
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
@@ -3787,6 +3787,44 @@ def upstream_host(url: UpstreamUrl) -> str:
         return "localhost"
     host = f"[{url.host}]" if ":" in url.host else url.host
     return host if url.port == (443 if url.scheme == "https" else 80) else f"{host}:{url.port}"
+
+
+def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
+    """Returns: the addresses of ``host``, as family and socket address. Raises: OSError; Abort as ``wait`` does.
+
+    getaddrinfo can't be told when to give up, so a name is looked up by a thread of its own, which ends when the
+    resolver does, whether or not anybody waits for it.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass  # a name, then
+    else:
+        return [(family, address) for family, _, _, _, address in found]
+    answers: list[list[tuple[int, typing.Any]] | OSError] = []
+    done_fd, end_fd = os.pipe2(os.O_CLOEXEC)
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers.append([(family, address) for family, _, _, _, address in found])
+        except OSError as error:
+            answers.append(error)
+        finally:
+            os.close(end_fd)
+
+    try:
+        try:
+            threading.Thread(target=ask, name="name lookup", daemon=True).start()
+        except RuntimeError:
+            ask()  # no more threads: then this one waits, without a limit
+        wait(done_fd, select.POLLIN, None)
+    finally:
+        os.close(done_fd)
+    answer = answers[0] if answers else socket.gaierror(socket.EAI_FAIL, f"looking up {host} failed")
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
 
 
 class _LeasedConnection:
@@ -3869,7 +3907,7 @@ class _LeasedConnection:
         assert wait is not None
         began_at = time.monotonic()
         first_error: OSError | None = None
-        for family, address in self._addresses():
+        for family, address in self._addresses(wait):
             try:
                 sock = self._connect(family, address, wait)
             except OSError as error:
@@ -3886,16 +3924,14 @@ class _LeasedConnection:
             abort.error_type = "destination_unavailable"  # no address is involved that could be unroutable
         raise abort from first_error
 
-    def _addresses(self) -> list[tuple[int, typing.Any]]:
+    def _addresses(self, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
         url = self.url
         if url.scheme == "unix":
             return [(socket.AF_UNIX, url.path)]
         try:
-            # The one wait without a limit: getaddrinfo takes none. Its time counts towards the connect timeout.
-            found = socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+            return _look_up(url.host, url.port, wait)
         except OSError as error:
             raise socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, error) from error
-        return [(family, address) for family, _, _, _, address in found]
 
     def _connect(self, family: int, address: typing.Any, wait: ConnectWait) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)

@@ -6,7 +6,9 @@ import collections.abc
 import contextlib
 import hashlib
 import os
+import pathlib
 import select
+import signal
 import socket
 import ssl
 import threading
@@ -407,3 +409,57 @@ def test_a_client_that_waits_for_its_100_is_not_late(answers: str) -> None:
             assert response.whole
             assert status == (200 if answers == "103" else 401)
         assert _record(proxy)["event"] == "request.complete"
+
+
+# -- a resolver that does not answer ----------------------------------------------------------------------------------
+
+_SLOW_RESOLVER = """
+import socket, time
+real = socket.getaddrinfo
+def getaddrinfo(host, *arguments, **options):
+    if host == "slow.example" and not options.get("flags", 0) & socket.AI_NUMERICHOST:
+        time.sleep(60)
+    return real(host, *arguments, **options)
+socket.getaddrinfo = getaddrinfo
+"""
+
+
+@pytest.fixture
+def slow_resolver(tmp_path: pathlib.Path) -> dict[str, str]:
+    """Returns: the environment of a proxy for which ``slow.example`` takes a minute to look up."""
+    (tmp_path / "sitecustomize.py").write_text(_SLOW_RESOLVER)
+    return {"PYTHONPATH": f"{tmp_path}:{harness.ROOT}"}
+
+
+@pytest.mark.parametrize("end", ["timeout", "client", "shutdown"])
+def test_a_name_lookup_ends_as_any_wait(end: str, slow_resolver: dict[str, str]) -> None:
+    limit_s = "0.5" if end == "timeout" else "30"
+    options = ("--upstream-connect-timeout", limit_s, "--drain-timeout", "0.2")
+    with ProxyProcess("http://slow.example", *options, env=slow_resolver) as proxy:
+        with connect(proxy.address) as wire:
+            wire.get()
+            began_at = time.monotonic()
+            if end == "timeout":
+                assert wire.read_response().status == 504
+            else:
+                time.sleep(0.2)  # until it looks up, which shows nowhere
+                if end == "client":
+                    wire.close()
+                else:
+                    proxy.send_signal(signal.SIGTERM)
+            record = _record(proxy)
+            assert time.monotonic() - began_at < 3.0
+        cause = {"timeout": "timeout", "client": "closed", "shutdown": "shutdown"}[end]
+        side = {"timeout": "upstream", "client": "client", "shutdown": "proxy"}[end]
+        assert (record["side"], record["phase"], record["cause"]) == (side, "connect", cause)
+        if end == "shutdown":
+            proxy.await_stop()
+
+
+def test_a_name_that_does_not_resolve() -> None:
+    with ProxyProcess("http://nothing.invalid") as proxy, connect(proxy.address) as wire:
+        wire.get()
+        assert wire.read_response().status == 502
+        record = _record(proxy)
+        assert (record["side"], record["phase"], record["cause"]) == ("upstream", "connect", "dns")
+        assert record["exception"]["errno"] in ("EAI_NONAME", "EAI_AGAIN")
