@@ -1095,7 +1095,7 @@ def _check_seen(row: Row, record: harness.LogRecord, seen: Seen) -> None:
 # -- what does not fit a row ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("origin", ["", "http://t"], ids=["origin_form", "absolute_form"])
+@pytest.mark.parametrize("origin", ["", "http://test"], ids=["origin_form", "absolute_form"])
 @pytest.mark.parametrize("over", ALL, ids="-".join)
 def test_dockers_stream_ends_with_a_line_that_tells_why(stage: Stage, over: tuple[str, str], origin: str) -> None:
     upstream = stage.upstream = stage.upstreams[over[1]]
