@@ -1110,7 +1110,9 @@ class ChunkedFraming:
                 self.line.clear()
             if line[-2:] != b"\r\n":
                 raise MalformedMessage(
-                    "a line feed without its carriage return in chunked framing", line_end - start, line[-32:]
+                    "a line feed without its carriage return in chunked framing",
+                    line_end - start,
+                    self._quotable(line),
                 )
             if self.state == _CHUNK_SIZE:
                 match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
@@ -1157,7 +1159,7 @@ class ChunkedFraming:
         us that ends its lines in other ways should not get it.
         """
         if PART_OF_LINE.fullmatch(part) is None or self.line[-1:] == b"\r":
-            raise MalformedMessage("a control character in chunked framing", octet, part)
+            raise MalformedMessage("a control character in chunked framing", octet, self._quotable(self.line + part))
         line = self.line
         line += part
         if self.state == _CHUNK_SIZE:
@@ -1168,6 +1170,13 @@ class ChunkedFraming:
                 raise MalformedMessage("a chunk longer than its size", octet, line)
         elif self.trailer_size + len(line) > self.max_trailer_size and line != b"\r":
             raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
+
+    def _quotable(self, line: Octets) -> Octets:
+        """Returns: what of a line may be quoted. Of a trailer the name alone, as in heads: values hold credentials."""
+        if self.state != _TRAILER:
+            return line[-32:]
+        name, colon, _ = line.partition(b":")
+        return name[:32] if colon else line[:8]
 
     def _take_trailer_line(self, line: bytes, octet: int) -> None:
         if line == b"\r\n":
@@ -1180,7 +1189,7 @@ class ChunkedFraming:
         if self.trailer_fields > MAX_FIELDS:
             raise MalformedMessage(f"more than {MAX_FIELDS} trailer fields", octet, status=431, bound="max_fields")
         if FIELD_LINES.fullmatch(line) is None:
-            raise MalformedMessage("a trailer field that is no field", octet, line.partition(b":")[0])
+            raise MalformedMessage("a trailer field that is no field", octet, self._quotable(line))
         # Some recipients read "_" as "-", as heads are judged, too.
         name = line.split(b":", 1)[0].lower().replace(b"_", b"-")
         if name in _NEVER_IN_TRAILERS or name in self.options:
@@ -1366,13 +1375,16 @@ class TcpInfo:
         """
         return self.probes > 0 or (self.unacked > 0 and self.last_data_sent_s < self.heard_s)
 
-    def verdict(self) -> str:
-        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (CONTRACT.md)."""
-        if self.questioned and max(self.retransmits, self.probes) >= _UNANSWERED_MANY:
+    def verdict(self, alive: bool = False) -> str:
+        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (CONTRACT.md).
+
+        ``alive``: it has just spoken. The numbers may not show that: a reset answers no probe.
+        """
+        if not alive and self.questioned and max(self.retransmits, self.probes) >= _UNANSWERED_MANY:
             return "dead"
         if self.state == "CLOSED":
             # The queues are gone, but not what led to it: the kernel gave up on a peer that answered none of these.
-            return "dead" if self.retransmits or self.probes else "idle"
+            return "dead" if not alive and (self.retransmits or self.probes) else "idle"
         if not self.unacked and not self.notsent_bytes:
             return "idle"
         if self.snd_wnd == 0 or not self.unacked:
@@ -1504,10 +1516,11 @@ def _output_queue(sock: socket.socket) -> int | None:
     return count
 
 
-def socket_evidence(sock: socket.socket, dead: bool = False) -> dict[str, object] | None:
+def socket_evidence(sock: socket.socket, dead: bool = False, alive: bool = False) -> dict[str, object] | None:
     """Read one side of a record's ``socket`` field. Ask before closing.
 
-    ``dead``: it is known already that the peer is, from longer watching than this one look.
+    ``dead``: it is known already that the peer is, from longer watching than this one look; ``alive``: that it is not,
+    as it has just ended the connection itself.
     Returns: None where there is nothing to read (unix sockets, closed ones).
     """
     info = tcp_info(sock)
@@ -1523,7 +1536,7 @@ def socket_evidence(sock: socket.socket, dead: bool = False) -> dict[str, object
         "rwnd_limited_s": info.rwnd_limited_s,
         "busy_s": info.busy_s,
         "state": info.state,
-        "verdict": "dead" if dead else info.verdict(),
+        "verdict": "dead" if dead else info.verdict(alive),
     }
 
 
@@ -3768,6 +3781,9 @@ failed.
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
 
+# Names that are being looked up at once, for all clients of a worker; more wait for one to end.
+_LOOKUPS = threading.BoundedSemaphore(64)
+
 # wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; raises Abort for limits and a
 # client that leaves.
 ConnectWait = collections.abc.Callable[[int, int, float | None], bool]
@@ -3793,7 +3809,7 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
     """Returns: the addresses of ``host``, as family and socket address. Raises: OSError; Abort as ``wait`` does.
 
     getaddrinfo can't be told when to give up, so a name is looked up by a thread of its own, which ends when the
-    resolver does, whether or not anybody waits for it.
+    resolver does, whether or not anybody waits for it: hence the bound on how many there are.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -3802,7 +3818,13 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
     else:
         return [(family, address) for family, _, _, _, address in found]
     answers: list[list[tuple[int, typing.Any]] | OSError] = []
-    done_fd, end_fd = os.pipe2(os.O_CLOEXEC)
+    while not _LOOKUPS.acquire(blocking=False):
+        wait(-1, 0, 0.05)
+    try:
+        done_fd, end_fd = os.pipe()
+    except OSError:
+        _LOOKUPS.release()
+        raise
 
     def ask() -> None:
         try:
@@ -3811,6 +3833,7 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
         except OSError as error:
             answers.append(error)
         finally:
+            _LOOKUPS.release()
             os.close(end_fd)
 
     try:
@@ -4459,7 +4482,8 @@ class Flow:
         self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
         self.mark: Mark = (0, 0, 0, b"")
-        self.held = bytearray()  # read, and not to go on before more of it is known; see ChunkedFraming.undecided
+        # Read, and not to go on before more of it is known (ChunkedFraming.undecided); made when first wanted.
+        self.held: bytearray | None = None
         self.dechunk = False  # only content is on the way
         self.bulk = False  # the last read filled what it was given
         self.buffer: tuple[bytearray, memoryview] | None = None  # used again and again by a flow in bulk
@@ -4486,6 +4510,8 @@ class Flow:
         """
         undecided = self.framing.undecided
         held = self.held
+        if held is None:
+            held = self.held = bytearray()
         before = len(held)
         held += octets[:count]
         count = len(held) - undecided
@@ -6612,11 +6638,13 @@ class ClientConnection:
                 self._close_mode = self._mode_after(relay)
                 return None
         is_dead = abort.cause is Cause.DEAD_PEER
-        record.client_evidence = socket_evidence(self.client.sock, dead=is_dead and abort.side is Side.CLIENT)
+        spoke = abort.cause in (Cause.CLOSED, Cause.RESET)
+        by_client, by_upstream = abort.side is Side.CLIENT, abort.side is Side.UPSTREAM
+        record.client_evidence = socket_evidence(self.client.sock, is_dead and by_client, spoke and by_client)
         connection = self.lease
         if connection is not None and connection.sock is not None:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
-            record.upstream_evidence = socket_evidence(upstream_sock, dead=is_dead and abort.side is Side.UPSTREAM)
+            record.upstream_evidence = socket_evidence(upstream_sock, is_dead and by_upstream, spoke and by_upstream)
         if is_dead and abort.elapsed_s is None:
             # The kernel's own verdict: it counts from the last segment that it heard.
             evidence = record.client_evidence if abort.side is Side.CLIENT else record.upstream_evidence
@@ -7675,7 +7703,7 @@ def _socket_file(settings: Settings) -> tuple[str, int, int] | None:
     try:
         found = os.stat(settings.listen.path)
     except FileNotFoundError:
-        return None
+        return None  # somebody has removed it: then nothing of ours is left to remove
     return settings.listen.path, found.st_dev, found.st_ino
 
 

@@ -704,11 +704,13 @@ class ClientConnection:
                 self._close_mode = self._mode_after(relay)
                 return None
         is_dead = abort.cause is Cause.DEAD_PEER
-        record.client_evidence = socket_evidence(self.client.sock, dead=is_dead and abort.side is Side.CLIENT)
+        spoke = abort.cause in (Cause.CLOSED, Cause.RESET)
+        by_client, by_upstream = abort.side is Side.CLIENT, abort.side is Side.UPSTREAM
+        record.client_evidence = socket_evidence(self.client.sock, is_dead and by_client, spoke and by_client)
         connection = self.lease
         if connection is not None and connection.sock is not None:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
-            record.upstream_evidence = socket_evidence(upstream_sock, dead=is_dead and abort.side is Side.UPSTREAM)
+            record.upstream_evidence = socket_evidence(upstream_sock, is_dead and by_upstream, spoke and by_upstream)
         if is_dead and abort.elapsed_s is None:
             # The kernel's own verdict: it counts from the last segment that it heard.
             evidence = record.client_evidence if abort.side is Side.CLIENT else record.upstream_evidence

@@ -250,7 +250,9 @@ class ChunkedFraming:
                 self.line.clear()
             if line[-2:] != b"\r\n":
                 raise MalformedMessage(
-                    "a line feed without its carriage return in chunked framing", line_end - start, line[-32:]
+                    "a line feed without its carriage return in chunked framing",
+                    line_end - start,
+                    self._quotable(line),
                 )
             if self.state == _CHUNK_SIZE:
                 match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
@@ -297,7 +299,7 @@ class ChunkedFraming:
         us that ends its lines in other ways should not get it.
         """
         if PART_OF_LINE.fullmatch(part) is None or self.line[-1:] == b"\r":
-            raise MalformedMessage("a control character in chunked framing", octet, part)
+            raise MalformedMessage("a control character in chunked framing", octet, self._quotable(self.line + part))
         line = self.line
         line += part
         if self.state == _CHUNK_SIZE:
@@ -308,6 +310,13 @@ class ChunkedFraming:
                 raise MalformedMessage("a chunk longer than its size", octet, line)
         elif self.trailer_size + len(line) > self.max_trailer_size and line != b"\r":
             raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
+
+    def _quotable(self, line: Octets) -> Octets:
+        """Returns: what of a line may be quoted. Of a trailer the name alone, as in heads: values hold credentials."""
+        if self.state != _TRAILER:
+            return line[-32:]
+        name, colon, _ = line.partition(b":")
+        return name[:32] if colon else line[:8]
 
     def _take_trailer_line(self, line: bytes, octet: int) -> None:
         if line == b"\r\n":
@@ -320,7 +329,7 @@ class ChunkedFraming:
         if self.trailer_fields > MAX_FIELDS:
             raise MalformedMessage(f"more than {MAX_FIELDS} trailer fields", octet, status=431, bound="max_fields")
         if FIELD_LINES.fullmatch(line) is None:
-            raise MalformedMessage("a trailer field that is no field", octet, line.partition(b":")[0])
+            raise MalformedMessage("a trailer field that is no field", octet, self._quotable(line))
         # Some recipients read "_" as "-", as heads are judged, too.
         name = line.split(b":", 1)[0].lower().replace(b"_", b"-")
         if name in _NEVER_IN_TRAILERS or name in self.options:

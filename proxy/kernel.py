@@ -96,13 +96,16 @@ class TcpInfo:
         """
         return self.probes > 0 or (self.unacked > 0 and self.last_data_sent_s < self.heard_s)
 
-    def verdict(self) -> str:
-        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (CONTRACT.md)."""
-        if self.questioned and max(self.retransmits, self.probes) >= _UNANSWERED_MANY:
+    def verdict(self, alive: bool = False) -> str:
+        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (CONTRACT.md).
+
+        ``alive``: it has just spoken. The numbers may not show that: a reset answers no probe.
+        """
+        if not alive and self.questioned and max(self.retransmits, self.probes) >= _UNANSWERED_MANY:
             return "dead"
         if self.state == "CLOSED":
             # The queues are gone, but not what led to it: the kernel gave up on a peer that answered none of these.
-            return "dead" if self.retransmits or self.probes else "idle"
+            return "dead" if not alive and (self.retransmits or self.probes) else "idle"
         if not self.unacked and not self.notsent_bytes:
             return "idle"
         if self.snd_wnd == 0 or not self.unacked:
@@ -234,10 +237,11 @@ def _output_queue(sock: socket.socket) -> int | None:
     return count
 
 
-def socket_evidence(sock: socket.socket, dead: bool = False) -> dict[str, object] | None:
+def socket_evidence(sock: socket.socket, dead: bool = False, alive: bool = False) -> dict[str, object] | None:
     """Read one side of a record's ``socket`` field. Ask before closing.
 
-    ``dead``: it is known already that the peer is, from longer watching than this one look.
+    ``dead``: it is known already that the peer is, from longer watching than this one look; ``alive``: that it is not,
+    as it has just ended the connection itself.
     Returns: None where there is nothing to read (unix sockets, closed ones).
     """
     info = tcp_info(sock)
@@ -253,7 +257,7 @@ def socket_evidence(sock: socket.socket, dead: bool = False) -> dict[str, object
         "rwnd_limited_s": info.rwnd_limited_s,
         "busy_s": info.busy_s,
         "state": info.state,
-        "verdict": "dead" if dead else info.verdict(),
+        "verdict": "dead" if dead else info.verdict(alive),
     }
 
 

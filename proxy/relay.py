@@ -104,7 +104,8 @@ class Flow:
         self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
         self.mark: Mark = (0, 0, 0, b"")
-        self.held = bytearray()  # read, and not to go on before more of it is known; see ChunkedFraming.undecided
+        # Read, and not to go on before more of it is known (ChunkedFraming.undecided); made when first wanted.
+        self.held: bytearray | None = None
         self.dechunk = False  # only content is on the way
         self.bulk = False  # the last read filled what it was given
         self.buffer: tuple[bytearray, memoryview] | None = None  # used again and again by a flow in bulk
@@ -131,6 +132,8 @@ class Flow:
         """
         undecided = self.framing.undecided
         held = self.held
+        if held is None:
+            held = self.held = bytearray()
         before = len(held)
         held += octets[:count]
         count = len(held) - undecided

@@ -33,6 +33,9 @@ from .vocabulary import Cause, Operation, Phase, Side
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
 
+# Names that are being looked up at once, for all clients of a worker; more wait for one to end.
+_LOOKUPS = threading.BoundedSemaphore(64)
+
 # wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; raises Abort for limits and a
 # client that leaves.
 ConnectWait = collections.abc.Callable[[int, int, float | None], bool]
@@ -58,7 +61,7 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
     """Returns: the addresses of ``host``, as family and socket address. Raises: OSError; Abort as ``wait`` does.
 
     getaddrinfo can't be told when to give up, so a name is looked up by a thread of its own, which ends when the
-    resolver does, whether or not anybody waits for it.
+    resolver does, whether or not anybody waits for it: hence the bound on how many there are.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
@@ -67,7 +70,13 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
     else:
         return [(family, address) for family, _, _, _, address in found]
     answers: list[list[tuple[int, typing.Any]] | OSError] = []
-    done_fd, end_fd = os.pipe2(os.O_CLOEXEC)
+    while not _LOOKUPS.acquire(blocking=False):
+        wait(-1, 0, 0.05)
+    try:
+        done_fd, end_fd = os.pipe()
+    except OSError:
+        _LOOKUPS.release()
+        raise
 
     def ask() -> None:
         try:
@@ -76,6 +85,7 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
         except OSError as error:
             answers.append(error)
         finally:
+            _LOOKUPS.release()
             os.close(end_fd)
 
     try:

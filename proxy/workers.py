@@ -591,5 +591,5 @@ def _socket_file(settings: Settings) -> tuple[str, int, int] | None:
     try:
         found = os.stat(settings.listen.path)
     except FileNotFoundError:
-        return None
+        return None  # somebody has removed it: then nothing of ours is left to remove
     return settings.listen.path, found.st_dev, found.st_ino

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# By the module they are imported as: the package of Debian.
-MODULES = {"urllib3": "python3-urllib3", "certifi": "python3-certifi", "pythonjsonlogger": "python3-pythonjsonlogger"}
+sys.path.append(str(ROOT))
+
+from proxy.dependencies import DEPENDENCIES  # noqa: E402  # found by the line above; it needs none of them
 
 
 class MissingDependenciesError(Exception):
@@ -19,7 +20,8 @@ def choose_python() -> str:
 
     Raises: MissingDependenciesError.
     """
-    ask = f"import {', '.join(MODULES)}"
+    modules = ", ".join(module for module, _, _ in DEPENDENCIES)
+    ask = f"import {modules}"
     environment = ROOT / ".venv-run" / "bin" / "python"
     for python in (sys.executable, str(environment)):
         if os.path.exists(python) and _succeeds([python, "-c", ask], errors=subprocess.DEVNULL):
@@ -28,8 +30,8 @@ def choose_python() -> str:
     if _succeeds([str(ROOT / "scripts" / "run"), "--version"], PYTHON=sys.executable) and environment.exists():
         return str(environment)
     raise MissingDependenciesError(
-        f"{sys.executable} lacks one of {', '.join(MODULES)}, and no environment could be made\n"
-        f"  apt install {' '.join(MODULES.values())}"
+        f"{sys.executable} lacks one of {modules}, and no environment could be made\n"
+        f"  apt install {' '.join(apt for _, apt, _ in DEPENDENCIES)}"
     )
 
 

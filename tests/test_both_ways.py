@@ -176,6 +176,23 @@ def test_a_tls_client_that_leaves_in_the_middle_of_what_upstream_does_not_take(c
         assert (record["side"], record["phase"], record["cause"]) == ("client", "request_body", "reset")
 
 
+def test_an_upstream_that_stops_reading_and_then_resets_was_alive(certificates: Certificates) -> None:
+    """As one that is killed while its buffer is full: a reset answers none of the probes of its closed window."""
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        time.sleep(1.3)  # deaf, for as long as it takes until a probe is unanswered
+        wire.reset()
+
+    with _scene(certificates, script) as (_, proxy), connect(proxy.address) as wire:
+        wire.send(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 100000000\r\n\r\n")
+        wire.fill()
+        record = _record(proxy)
+        assert (record["side"], record["phase"], record["cause"]) == ("upstream", "request_body", "reset")
+        assert record["socket"]["upstream"]["verdict"] == "idle"
+        assert record["socket"]["upstream"]["rwnd_limited_s"] > 0.5
+
+
 def test_a_switch_of_protocols_before_all_of_the_request_was_written() -> None:
     """What waits in the proxy must not be lost, nor get behind what the client says in the tunnel: upstream gets all
     of it in its order, or there is no switch.
@@ -454,6 +471,20 @@ def test_a_name_lookup_ends_as_any_wait(end: str, slow_resolver: dict[str, str])
         assert (record["side"], record["phase"], record["cause"]) == (side, "connect", cause)
         if end == "shutdown":
             proxy.await_stop()
+
+
+def test_a_resolver_that_does_not_answer_takes_no_more_than_its_threads(slow_resolver: dict[str, str]) -> None:
+    options = ("--upstream-connect-timeout", "1.5", "--workers", "1")
+    with ProxyProcess("http://slow.example", *options, env=slow_resolver) as proxy, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(connect(proxy.address)) for _ in range(80)]
+        for wire in wires:
+            wire.get()
+        (worker,) = proxy.worker_pids()
+        tasks = pathlib.Path(f"/proc/{worker}/task")
+        harness.wait_until(lambda: len(list(tasks.iterdir())) > 80 + 60)
+        assert len(list(tasks.iterdir())) < 80 + 64 + 8
+        assert [wire.read_response().status for wire in wires] == [504] * 80
+        assert len(proxy.wait_requests(80)) == 80
 
 
 def test_a_name_that_does_not_resolve() -> None:

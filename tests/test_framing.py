@@ -257,6 +257,15 @@ def test_a_trailer_field_that_connection_names_is_refused() -> None:
     assert caught.value.excerpt == b"x-secret"  # no value: it may be a secret
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\x01", b"\rx"])
+def test_no_value_of_a_trailer_is_quoted(end: bytes) -> None:
+    for octets in (b"0\r\nX-Secret: hunter2" + end, b"0\r\nX Secret: hunter2\r\n"):
+        for pieces in ([octets], _pieces(octets, list(range(len(octets))))):
+            with pytest.raises(MalformedMessage) as caught:
+                _read(ChunkedFraming(), pieces)
+            assert b"hunter" not in caught.value.excerpt
+
+
 def test_what_may_be_taken_for_the_end_is_undecided_until_it_is_the_end() -> None:
     octets = b"1;e=f\r\na\r\n00\r\nX: y\r\n\r\n"
     framing = ChunkedFraming()

@@ -202,6 +202,13 @@ def test_verdict_of_one_look(changes: dict[str, object], questioned: bool, verdi
     assert info.verdict() == verdict
 
 
+def test_a_peer_that_has_reset_the_connection_was_not_dead() -> None:
+    """What its kernel left unanswered before it came to that says nothing any more."""
+    for changes in ({"state": "CLOSED", "probes": 3}, {"state": "CLOSED", "retransmits": 1, "notsent_bytes": 9}):
+        assert _info(**changes).verdict() == "dead"
+        assert _info(**changes).verdict(alive=True) == "idle"
+
+
 def test_evidence_has_the_fields_of_the_contract() -> None:
     with _pair() as (near, _):
         _fill(near)
@@ -446,7 +453,9 @@ def test_splice_moves_all_octets_in_order(pipe: kernel.SplicePipe) -> None:
             while pipe.held:
                 with contextlib.suppress(BlockingIOError):  # the receiver is slower
                     moved += pipe.drain(sink.fileno())
+        threads[1].join(5)  # or close waits for the other thread's call to return
         sender.close()
+        assert select.select([source], [], [], 2)[0]
         assert pipe.fill(source.fileno(), 100) == 0
         sink.close()
         for thread in threads:
