@@ -3483,6 +3483,7 @@ class TlsEndpoint(Endpoint):
                         raise BlockingIOError(errno.EAGAIN, "nothing but records without content")
                     receives += 1
                     more = self._receive()
+                    self.write_event = WRITABLE  # a write that waited for the peer to shake hands may go on
                 except BlockingIOError:
                     if have:
                         return have
@@ -3515,8 +3516,7 @@ class TlsEndpoint(Endpoint):
         if not self._batch_plain:
             if not self.flush():
                 raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
-            # OpenSSL makes as many records of it as it takes: memory is never full.
-            self._batch_plain = self.tls.write(memoryview(octets)[:_BATCH_SIZE])
+            self._batch_plain = self._encrypt(memoryview(octets)[:_BATCH_SIZE])
             self._batch = memoryview(self._outgoing.read())
             self._batch_sent = self._batch_reported = 0
         size = len(self._batch)
@@ -3534,6 +3534,25 @@ class TlsEndpoint(Endpoint):
             raise BlockingIOError(errno.EAGAIN, "the socket took no whole record")
         self._batch_reported += done
         return done
+
+    def _encrypt(self, octets: memoryview) -> int:
+        """Make records of ``octets``, as many as it takes: memory is never full.
+
+        Returns: the number of octets. Raises: BlockingIOError while the peer shakes hands anew (TLS 1.2), for which
+        it must be read from; OSError.
+        """
+        for _ in range(_MOST_RECEIVES):
+            try:
+                count = self.tls.write(octets)
+            except ssl.SSLWantReadError:
+                self.flush()
+                self.write_event = READABLE
+                self._receive()
+                self.has_unread = self._incoming.pending > 0
+                self.write_event = WRITABLE
+            else:
+                return count
+        raise BlockingIOError(errno.EAGAIN, "nothing but records without content")
 
     def flush(self) -> bool:
         """Send what TLS itself has to say (handshake, alerts, close_notify).
@@ -5200,22 +5219,24 @@ class Relay:
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
+        start = 0
         fed_from = len(head)
         if contents is None and (response.held or framing.undecided):
             octets, stop, fed_from = response.release_decided(octets, stop)
             fed_from += len(head)
         if head:
-            if response.start < response.end:  # an interim head that the client has not taken yet
-                before = bytes(response.octets[response.start : response.end])
+            if response.start < response.end:  # an interim head that the client has not taken whole (see mid_head)
+                start = response.start
+                before = bytes(response.octets[: response.end])
                 head = before + head
                 fed_from += len(before)
             octets = head + octets[:stop]
             stop = len(octets)
         response.octets = octets
-        response.start = 0
+        response.start = start
         response.end = stop
         response.fed_from = fed_from
-        response.pending = stop > 0
+        response.pending = stop > start
 
     def _flush_response(self, now: float) -> None:
         """Write what is on the way to the client. Raises: Abort."""

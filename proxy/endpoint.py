@@ -260,6 +260,7 @@ class TlsEndpoint(Endpoint):
                         raise BlockingIOError(errno.EAGAIN, "nothing but records without content")
                     receives += 1
                     more = self._receive()
+                    self.write_event = WRITABLE  # a write that waited for the peer to shake hands may go on
                 except BlockingIOError:
                     if have:
                         return have
@@ -292,8 +293,7 @@ class TlsEndpoint(Endpoint):
         if not self._batch_plain:
             if not self.flush():
                 raise BlockingIOError(errno.EAGAIN, "the socket takes no more")
-            # OpenSSL makes as many records of it as it takes: memory is never full.
-            self._batch_plain = self.tls.write(memoryview(octets)[:_BATCH_SIZE])
+            self._batch_plain = self._encrypt(memoryview(octets)[:_BATCH_SIZE])
             self._batch = memoryview(self._outgoing.read())
             self._batch_sent = self._batch_reported = 0
         size = len(self._batch)
@@ -311,6 +311,25 @@ class TlsEndpoint(Endpoint):
             raise BlockingIOError(errno.EAGAIN, "the socket took no whole record")
         self._batch_reported += done
         return done
+
+    def _encrypt(self, octets: memoryview) -> int:
+        """Make records of ``octets``, as many as it takes: memory is never full.
+
+        Returns: the number of octets. Raises: BlockingIOError while the peer shakes hands anew (TLS 1.2), for which
+        it must be read from; OSError.
+        """
+        for _ in range(_MOST_RECEIVES):
+            try:
+                count = self.tls.write(octets)
+            except ssl.SSLWantReadError:
+                self.flush()
+                self.write_event = READABLE
+                self._receive()
+                self.has_unread = self._incoming.pending > 0
+                self.write_event = WRITABLE
+            else:
+                return count
+        raise BlockingIOError(errno.EAGAIN, "nothing but records without content")
 
     def flush(self) -> bool:
         """Send what TLS itself has to say (handshake, alerts, close_notify).

@@ -822,22 +822,24 @@ class Relay:
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
+        start = 0
         fed_from = len(head)
         if contents is None and (response.held or framing.undecided):
             octets, stop, fed_from = response.release_decided(octets, stop)
             fed_from += len(head)
         if head:
-            if response.start < response.end:  # an interim head that the client has not taken yet
-                before = bytes(response.octets[response.start : response.end])
+            if response.start < response.end:  # an interim head that the client has not taken whole (see mid_head)
+                start = response.start
+                before = bytes(response.octets[: response.end])
                 head = before + head
                 fed_from += len(before)
             octets = head + octets[:stop]
             stop = len(octets)
         response.octets = octets
-        response.start = 0
+        response.start = start
         response.end = stop
         response.fed_from = fed_from
-        response.pending = stop > 0
+        response.pending = stop > start
 
     def _flush_response(self, now: float) -> None:
         """Write what is on the way to the client. Raises: Abort."""

@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import ssl
+import subprocess
 import threading
 import time
 
@@ -225,6 +226,91 @@ def test_a_switch_of_protocols_before_all_of_the_request_was_written() -> None:
         assert [record["cause"] for record in proxy.wait_requests(8) if record["status"] == 502] == [
             "protocol"
         ] * statuses.count(502)
+
+
+def test_a_client_that_takes_only_a_part_of_an_interim_response() -> None:
+    """Behind a part of a head nothing can be said: the answer to the abort would become a part of that head."""
+    count = 12
+    numbers = iter(range(count))
+    # A large one, of which a socket takes a part, and a small one that is read with it.
+    interim = [
+        b"HTTP/1.1 103 Early Hints\r\nX-Pad: %b\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n" % (b"x" * (40_000 + n * 1_000))
+        for n in range(count)
+    ]
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send_until_answered(interim[next(numbers)] * 60)
+
+    with (
+        Upstream(script) as upstream,
+        ProxyProcess(upstream.url, "--upstream-head-timeout", "0.3", listen="unix") as proxy,
+    ):
+        ends = []
+        for number in range(count):
+            with connect(proxy.address) as wire:
+                wire.get("/")
+                time.sleep(
+                    0.6
+                )  # the limit has ended the request, and the client takes the rest while it may be answered
+                left = wire.read_to_end()
+            record = _record(proxy, number + 1)
+            assert record["limit"]["name"] == "upstream_head_timeout"
+            while left.startswith(b"HTTP/1.1 103"):
+                head, end, left = left.partition(b"\r\n\r\n")
+                assert head.count(b"HTTP/1.1 ") == 1
+                ends.append("whole" if end else "cut")
+            if left:
+                assert left.startswith(b"HTTP/1.1 %d " % record["status"])
+                ends.append("answered")
+        assert "cut" in ends
+
+
+def test_an_upstream_that_shakes_hands_anew_in_the_middle_of_an_upload(certificates: Certificates) -> None:
+    """As servers do under TLS 1.2 that ask for a certificate late: no write is possible meanwhile, and none failed."""
+    lines = 100
+    line = b"x" * 99_999 + b"\n"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_2", "-naccept", "1"]
+    command += ["-cert", certificates.server, "-key", certificates.server]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+    )
+    got = bytearray()
+
+    def collect() -> None:
+        assert server.stdout is not None
+        while octets := os.read(server.stdout.fileno(), 65536):
+            got.extend(octets)
+
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    try:
+        harness.wait_until(lambda: b"ACCEPT" in got, what="openssl listens")
+        url = f"https://localhost:{port}"
+        with ProxyProcess(url, "--upstream-ca", certificates.ca) as proxy, connect(proxy.address) as wire:
+            assert server.stdin is not None
+            wire.send(b"PUT / HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % (lines * len(line)))
+            wire.send(line)
+            harness.wait_until(lambda: got.count(b"x") >= 99_990, what="the first line")
+            for number in range(1, lines):
+                if number % 10 == 0:
+                    server.stdin.write(b"r\n")
+                wire.send(line)
+            # The rest of openssl's own words has a few, too.
+            harness.wait_until(lambda: got.count(b"x") >= lines * 99_999 - 200, what="all lines")
+            server.stdin.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            assert wire.read_response().status == 200
+            record = _record(proxy)
+        assert record["event"] == "request.complete"
+        assert record["bytes"]["request_body"] == lines * len(line)
+        assert not record.get("notes")
+    finally:
+        server.kill()
+        collector.join(5)
+        with server:  # closes its pipes, and waits for it
+            pass
 
 
 # -- kept connections -------------------------------------------------------------------------------------------------
