@@ -2891,6 +2891,10 @@ class EventLog:
         if LEVELS[level] >= self.threshold:
             self.write(self.formatter.line(level, event, fields))
 
+    def answer(self, event: str, **fields: object) -> None:
+        """Write one event at level info, whatever the threshold: somebody asked for it."""
+        self.write(self.formatter.line("info", event, fields))
+
     def write(self, line: str) -> None:
         """Write one finished line. Raises nothing: a transfer must not fail because of its log."""
         data = line.encode("ascii")
@@ -7416,7 +7420,7 @@ class WorkerProcess:
         self.log.event("info", "server.reload", message=message, pid=os.getpid())
 
     def _dump(self) -> None:
-        """Log every request in flight."""
+        """Log every request in flight, at any --log-level."""
         connections = self.server.snapshot()
         shown = 0
         for connection in connections:
@@ -7435,9 +7439,8 @@ class WorkerProcess:
                     "message": f"a request in flight changed while it was read: {error!r}",
                     "request_id": record.request_id,
                 }
-            self.log.event("info", "request.inflight", **fields)
-        self.log.event(
-            "info",
+            self.log.answer("request.inflight", **fields)
+        self.log.answer(
             "server.inflight",
             message=f"{shown} requests in flight on {len(connections)} connections",
             pid=os.getpid(),

@@ -283,7 +283,7 @@ class WorkerProcess:
         self.log.event("info", "server.reload", message=message, pid=os.getpid())
 
     def _dump(self) -> None:
-        """Log every request in flight."""
+        """Log every request in flight, at any --log-level."""
         connections = self.server.snapshot()
         shown = 0
         for connection in connections:
@@ -302,9 +302,8 @@ class WorkerProcess:
                     "message": f"a request in flight changed while it was read: {error!r}",
                     "request_id": record.request_id,
                 }
-            self.log.event("info", "request.inflight", **fields)
-        self.log.event(
-            "info",
+            self.log.answer("request.inflight", **fields)
+        self.log.answer(
             "server.inflight",
             message=f"{shown} requests in flight on {len(connections)} connections",
             pid=os.getpid(),

@@ -341,6 +341,25 @@ def test_sigusr2_shows_what_is_in_flight(gate: Gate, upstream: Upstream) -> None
                 assert wire.read_exactly(len(chunk(b"end")) + 5).endswith(b"0\r\n\r\n")
 
 
+def test_sigusr2_is_answered_at_any_log_level(gate: Gate, upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    log, path = tmp_path / "log", tmp_path / "listen.sock"
+    command = [sys.executable, "-m", "proxy", "--listen", f"unix:{path}", "--upstream", upstream.url]
+    command += ["--log-file", str(log), "--log-level", "error", "--workers", "1", "--drain-timeout", "1"]
+    with subprocess.Popen(command, cwd=harness.ROOT) as process:
+        try:
+            wait_until(path.exists, 10.0)
+            with connect(str(path)) as wire:
+                wire.send(b"GET /slow HTTP/1.1\r\nHost: t\r\n\r\n")
+                wire.read_head()
+                process.send_signal(signal.SIGUSR2)
+                wait_until(lambda: log.read_bytes().count(b"\n") == 2)
+                gate.open.set()
+            assert [r["event"] for r in harness.parse_log(log.read_bytes())] == ["request.inflight", "server.inflight"]
+        finally:
+            process.terminate()
+            assert process.wait(10) == 0
+
+
 @pytest.mark.parametrize("tls", [True, False])
 def test_sighup_says_what_was_done(tls: bool, upstream: Upstream, certificates: Certificates) -> None:
     options = ("--tls-cert", certificates.server) if tls else ()
