@@ -858,14 +858,6 @@ def upgrade_protocols(section: HeaderSection) -> set[bytes]:
     return {name.strip(b" \t").lower() for value in values for name in value.split(b",") if name.strip(b" \t")}
 
 
-def via_pseudonym(name: str) -> bytes:
-    """Returns: ``name`` as octets for Via. Raises: ValueError if it is no token."""
-    octets = name.encode("ascii", "strict")
-    if TOKEN.fullmatch(octets) is None:
-        raise ValueError(f"{name!r} is no token")
-    return octets
-
-
 # --- proxy/framing.py, line 1 ---
 
 """Where a message ends: by no body, by length, by chunks, or with the connection.
@@ -2882,10 +2874,6 @@ class EventLog:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(self.path, flags, 0o640)
 
-    def enabled(self, level: str) -> bool:
-        """Whether events of that level are written."""
-        return LEVELS[level] >= self.threshold
-
     def event(self, level: str, event: str, **fields: object) -> None:
         """Write one event. Never raises for the file's sake."""
         if LEVELS[level] >= self.threshold:
@@ -2932,7 +2920,7 @@ class EventLog:
         handler.setFormatter(self.formatter)
         root = logging.getLogger()
         root.handlers[:] = [handler]
-        root.setLevel(logging.WARNING)
+        root.setLevel(max(logging.WARNING, self.threshold))
 
 
 class _LibraryHandler(logging.Handler):
@@ -3736,6 +3724,18 @@ def upstream_context(settings: Settings) -> UpstreamContext | None:
             context, settings, "upstream_cert", settings.upstream_cert, "upstream_key", settings.upstream_key
         )
     return context
+
+
+class Contexts(typing.NamedTuple):
+    """What the certificate files held when they were last read and were good."""
+
+    server: ssl.SSLContext | None
+    upstream: UpstreamContext | None
+
+
+def read_contexts(settings: Settings) -> Contexts:
+    """Read the certificate files. Raises: ConfigError."""
+    return Contexts(server_context(settings), upstream_context(settings))
 
 
 def _load_identity(
@@ -4638,6 +4638,7 @@ class Relay:
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
+        self.ended_at: float | None = None  # as last_byte_at; of a tunnel, the end of the direction that ended last
         self.awaiting_continue = False
         # Watches exist only for limits that are set; most exchanges have none.
         self.client_read_watch: Watch | None = None
@@ -5025,6 +5026,7 @@ class Relay:
                 self.sent_at = time.monotonic()
             elif self.upstream is not None:
                 self.upstream.end_write()
+                self.ended_at = time.monotonic()
         except BlockingIOError:
             return  # upstream takes no more for now: poll says when
         except OSError as error:
@@ -5159,9 +5161,9 @@ class Relay:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
                 self._note("upstream", str(status))
-                if not rest:
-                    self.first_byte_at = None  # of the final response
                 self._flush_response(now)
+            if not rest:
+                self.first_byte_at = None  # of the final response
             return
         framing = response_framing(status, head.section, self.request_head.method, self.settings.max_head_size.value)
         if hijacks(self.request_head, head, framing):
@@ -5250,7 +5252,7 @@ class Relay:
             if response.pending or not response.framing.complete or self.response_head is None or response.finished:
                 return
             response.finished = True
-            self.last_byte_at = time.monotonic()
+            self.last_byte_at = self.ended_at = time.monotonic()
             if response.pipe is not None:
                 self._release_pipe(response)
             if self.tunnel:
@@ -5664,6 +5666,7 @@ class Record:
         sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
         if (
             self.attempts
+            or relay.tunnel
             or len(head.method) + len(head.target) > _LONG_TARGET
             or head_at is None
             or connected_at is None
@@ -5685,7 +5688,7 @@ class Record:
         expected_request = head.section.content_length
         expected_response = response_head.section.content_length
         return (
-            f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":1,'
+            f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":{SCHEMA_VERSION},'
             f'"message":"{what} answered {status} in {duration} s: {response_body:,} bytes of content'
             f' to client {about.client_text}","request_id":"{self.request_id}",{about.fields_text},'
             f'"upstream":{_quote(self.upstream or "")},{method_and_target},"status":{status},'
@@ -5703,6 +5706,8 @@ class Record:
         """Returns: the fields of the contract, those of an abort included if there is one."""
         now = time.monotonic()
         relay = self.relay
+        if abort is None and relay is not None and relay.ended_at is not None:
+            now = relay.ended_at  # what was awaited after that is its delivery
         first_at = self.first_at
         method, target = self.method_and_target()
         timing: dict[str, float] = {}
@@ -6058,7 +6063,7 @@ def make_worker(
         pool=pool,
         server_tls=server_tls,
         pipes=PipeStore(),
-        bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", 256, "default")},
+        bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", MAX_FIELDS, "default")},
         pid=os.getpid(),
         ids=itertools.count(1),
         id_prefix=os.urandom(6).hex(),
@@ -6506,6 +6511,7 @@ class ClientConnection:
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
                 self._drop_lease()
+                relay.release()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
                 continue
             self._return_lease(relay, connection, pool)
@@ -6639,10 +6645,12 @@ class ClientConnection:
             return
         self.waiter.forget_upstream()
         endpoint = connection.endpoint
-        if endpoint is not None and self.settings.upstream.scheme != "unix" and unacknowledged_bytes(endpoint.sock):
-            # Behind octets that upstream does not read a FIN would wait as long as they do; a reset does not.
-            reset_on_close(endpoint.sock)
-        connection.close()
+        try:
+            if endpoint is not None and self.settings.upstream.scheme != "unix" and unacknowledged_bytes(endpoint.sock):
+                # Behind octets that upstream does not read a FIN would wait as long as they do; a reset does not.
+                reset_on_close(endpoint.sock)
+        finally:
+            connection.close()
 
     # -- the end of one request --------------------------------------------------------------------
 
@@ -6745,7 +6753,7 @@ class ClientConnection:
         if relay.between_lines():
             message = record.sentence(abort) + f" (request id {record.request_id})"
             line = error_line(message)
-            if relay.response.framing.ends_with_connection or relay.response.dechunk:
+            if framed_by_end:
                 record.answered_bytes += self._write_out(line)
             else:
                 record.answered_bytes += self._write_out(b"%x\r\n%b\r\n" % (len(line), line))
@@ -6775,6 +6783,7 @@ class ClientConnection:
                 done += client.write(memoryview(octets)[done:], NO_WAIT)
             except BlockingIOError:
                 left_s = until - time.monotonic()
+                poller.modify(client.fd, client.write_event)
                 if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
                     break
             except OSError:
@@ -6795,8 +6804,8 @@ class ClientConnection:
             return
         client = self.client
         try:
-            if mode != "cut" and not client.can_splice:
-                client.end_write()  # close_notify, which a cut response must not have
+            if mode != "cut" and not client.can_splice and not client.mid_write:
+                client.end_write()  # close_notify, which a cut response must not have, and half a record can't
                 self._flush_for(time.monotonic() + _ANSWER_S)
             may_send_more = mode in ("linger", "cut") or bool(self._residue)
             if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):
@@ -7161,7 +7170,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 """
 
 
-# --- proxy/workers.py, line 29 ---
+# --- proxy/workers.py, line 30 ---
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
@@ -7289,6 +7298,7 @@ class WorkerProcess:
         log: EventLog,
         listener: socket.socket,
         counts: SharedCounts,
+        contexts: Contexts,
         control_fd: int,
     ) -> None:
         self.index = index
@@ -7305,8 +7315,8 @@ class WorkerProcess:
             log,
             self.tally,
             self.control,
-            upstream_pool(settings, upstream_context(settings)),
-            server_context(settings),
+            upstream_pool(settings, contexts.upstream),
+            contexts.server,
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 
@@ -7402,19 +7412,19 @@ class WorkerProcess:
 
     def _reload_certificates(self, *, reopened: bool) -> None:
         try:
-            server_tls, upstream_tls = server_context(self.settings), upstream_context(self.settings)
+            contexts = read_contexts(self.settings)
         except ConfigError as error:
             self.log.event(
                 "error", "server.reload", message=f"the old certificates stay in use: {error}", pid=os.getpid()
             )
             return
-        self.worker.server_tls = server_tls
-        if upstream_tls is not None:
+        self.worker.server_tls = contexts.server
+        if contexts.upstream is not None:
             # Connections on lease find the old pool closed when they come back, and are closed then.
-            old, self.worker.pool = self.worker.pool, upstream_pool(self.settings, upstream_tls)
+            old, self.worker.pool = self.worker.pool, upstream_pool(self.settings, contexts.upstream)
             old.close()
         done = ["log reopened"] if reopened else []
-        if server_tls is not None or upstream_tls is not None:
+        if contexts.server is not None or contexts.upstream is not None:
             done.append("certificates read anew")
         message = ", ".join(done) or "no log was reopened, and there are no certificates"
         self.log.event("info", "server.reload", message=message, pid=os.getpid())
@@ -7459,9 +7469,14 @@ class Supervisor:
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
-    def __init__(self, settings: Settings, log: EventLog, listeners: list[socket.socket], where: str) -> None:
+    def __init__(
+        self, settings: Settings, log: EventLog, listeners: list[socket.socket], where: str, contexts: Contexts
+    ) -> None:
         self.settings = settings
         self.log = log
+        # Workers inherit them: one that is started again must not find the files half renewed, or newer than those
+        # of the others.
+        self.contexts = contexts
         self.listeners = listeners
         self.where = where
         self.counts = SharedCounts(settings.workers)
@@ -7472,10 +7487,11 @@ class Supervisor:
         self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
         self.stopping = False
         self.ending = False
+        self.wake = (-1, -1)  # signals arrive here
 
     def run(self) -> int:
         """Returns: the exit status, when all workers have ended."""
-        wake_read, wake_write = os.pipe()
+        wake_read, wake_write = self.wake = os.pipe()
         os.set_blocking(wake_write, False)
         os.set_blocking(wake_read, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -7538,9 +7554,12 @@ class Supervisor:
         read_end, write_end = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
+        # A signal that the child gets while the wakeup descriptor is still this process's would be taken for another.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._SIGNALS)
         try:
             pid = os.fork()
         except OSError:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
             os.close(read_end)
             os.close(write_end)
             raise
@@ -7548,13 +7567,16 @@ class Supervisor:
             status = 1
             try:
                 os.close(write_end)
+                for fd in self.wake:
+                    os.close(fd)
                 for other in self.pipes.values():
                     os.close(other)  # or a worker would not see the end of the process above
                 signal.set_wakeup_fd(-1)
                 for number in self._SIGNALS:
                     signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
                 listener = self.listeners[index % len(self.listeners)]
-                WorkerProcess(index, self.settings, self.log, listener, self.counts, read_end).run()
+                WorkerProcess(index, self.settings, self.log, listener, self.counts, self.contexts, read_end).run()
                 status = 0
             except BaseException as error:  # noqa: BLE001  # a worker that can't run says why before it is gone
                 self.log.event(
@@ -7567,6 +7589,7 @@ class Supervisor:
             finally:
                 # Not sys.exit: what the process above registered to be done at exit is its own to do.
                 os._exit(status)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
         os.close(read_end)
         self.pids[pid] = index
         self.pipes[index] = write_end
@@ -7589,6 +7612,8 @@ class Supervisor:
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
             self._reopen_own_log()
+            with contextlib.suppress(ConfigError):  # each worker says what is wrong, and keeps the old ones, too
+                self.contexts = read_contexts(self.settings)
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
             self._reopen_own_log()
@@ -7694,8 +7719,7 @@ def serve(settings: Settings) -> int:
     """Serve until told to stop. Returns: the exit status. Raises: ConfigError for what the environment does not
     allow.
     """
-    server_context(settings)
-    upstream_context(settings)
+    contexts = read_contexts(settings)
     try:
         log = EventLog(settings.log_file, settings.log_level)
     except OSError as error:
@@ -7711,7 +7735,7 @@ def serve(settings: Settings) -> int:
     listeners, where = open_listeners(settings)
     socket_file = _socket_file(settings)
     try:
-        return Supervisor(settings, log, listeners, where).run()
+        return Supervisor(settings, log, listeners, where, contexts).run()
     finally:
         # A successor may have bound the path meanwhile. Its file is another one: ours exists until it is closed.
         if socket_file is not None and _socket_file(settings) == socket_file:
@@ -8198,8 +8222,7 @@ def _package_version(module: str, package: str) -> str:
 
 def _check(options: list[str], *, as_json: bool) -> int:
     settings = load_settings(options, os.environ)
-    server_context(settings)
-    upstream_context(settings)
+    read_contexts(settings)
     _check_places(settings)
     described = settings.describe()
     notes = _notes(settings)

@@ -19,7 +19,7 @@ from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variabl
 from .demo import end_in_order_on_signals, run_demo, show
 from .dependencies import DEPENDENCIES, open_standard_files
 from .log import print_line
-from .tls import server_context, upstream_context
+from .tls import read_contexts
 from .workers import check_socket_path, serve
 
 COMMANDS = {
@@ -156,8 +156,7 @@ def _package_version(module: str, package: str) -> str:
 
 def _check(options: list[str], *, as_json: bool) -> int:
     settings = load_settings(options, os.environ)
-    server_context(settings)
-    upstream_context(settings)
+    read_contexts(settings)
     _check_places(settings)
     described = settings.describe()
     notes = _notes(settings)

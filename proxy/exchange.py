@@ -21,7 +21,7 @@ from .docker import error_line
 from .endpoint import IDLE_PATIENCE_S, NO_WAIT, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .fields import ForwardingContext, PreparedRequest, max_forwards, prepare_request, serialize_request
 from .framing import request_framing
-from .grammar import REQUEST_LINE, MalformedMessage
+from .grammar import MAX_FIELDS, REQUEST_LINE, MalformedMessage
 from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head, parse_request_line
 from .kernel import (
     POLLRDHUP,
@@ -99,7 +99,7 @@ def make_worker(
         pool=pool,
         server_tls=server_tls,
         pipes=PipeStore(),
-        bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", 256, "default")},
+        bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", MAX_FIELDS, "default")},
         pid=os.getpid(),
         ids=itertools.count(1),
         id_prefix=os.urandom(6).hex(),
@@ -547,6 +547,7 @@ class ClientConnection:
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
                 self._drop_lease()
+                relay.release()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
                 continue
             self._return_lease(relay, connection, pool)
@@ -680,10 +681,12 @@ class ClientConnection:
             return
         self.waiter.forget_upstream()
         endpoint = connection.endpoint
-        if endpoint is not None and self.settings.upstream.scheme != "unix" and unacknowledged_bytes(endpoint.sock):
-            # Behind octets that upstream does not read a FIN would wait as long as they do; a reset does not.
-            reset_on_close(endpoint.sock)
-        connection.close()
+        try:
+            if endpoint is not None and self.settings.upstream.scheme != "unix" and unacknowledged_bytes(endpoint.sock):
+                # Behind octets that upstream does not read a FIN would wait as long as they do; a reset does not.
+                reset_on_close(endpoint.sock)
+        finally:
+            connection.close()
 
     # -- the end of one request --------------------------------------------------------------------
 
@@ -786,7 +789,7 @@ class ClientConnection:
         if relay.between_lines():
             message = record.sentence(abort) + f" (request id {record.request_id})"
             line = error_line(message)
-            if relay.response.framing.ends_with_connection or relay.response.dechunk:
+            if framed_by_end:
                 record.answered_bytes += self._write_out(line)
             else:
                 record.answered_bytes += self._write_out(b"%x\r\n%b\r\n" % (len(line), line))
@@ -816,6 +819,7 @@ class ClientConnection:
                 done += client.write(memoryview(octets)[done:], NO_WAIT)
             except BlockingIOError:
                 left_s = until - time.monotonic()
+                poller.modify(client.fd, client.write_event)
                 if left_s <= 0 or not poller.poll(int(left_s * 1000) + 1):
                     break
             except OSError:
@@ -836,8 +840,8 @@ class ClientConnection:
             return
         client = self.client
         try:
-            if mode != "cut" and not client.can_splice:
-                client.end_write()  # close_notify, which a cut response must not have
+            if mode != "cut" and not client.can_splice and not client.mid_write:
+                client.end_write()  # close_notify, which a cut response must not have, and half a record can't
                 self._flush_for(time.monotonic() + _ANSWER_S)
             may_send_more = mode in ("linger", "cut") or bool(self._residue)
             if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):

@@ -7,7 +7,7 @@ the head is serialized.
 
 import typing
 
-from .grammar import CONTENT_LENGTH, REQUEST_ID, TOKEN
+from .grammar import CONTENT_LENGTH, REQUEST_ID
 from .head import HeaderSection, RequestHead, ResponseHead
 
 # RFC 9110 §7.6.1, and the two fields of a proxy's own authentication, which apply to the next hop alone (§11.7).
@@ -217,11 +217,3 @@ def upgrade_protocols(section: HeaderSection) -> set[bytes]:
     """Returns: the protocols of the Upgrade field, in lower case, as they are to be compared (RFC 9110 §7.8)."""
     values = section.known.get(b"upgrade", ())
     return {name.strip(b" \t").lower() for value in values for name in value.split(b",") if name.strip(b" \t")}
-
-
-def via_pseudonym(name: str) -> bytes:
-    """Returns: ``name`` as octets for Via. Raises: ValueError if it is no token."""
-    octets = name.encode("ascii", "strict")
-    if TOKEN.fullmatch(octets) is None:
-        raise ValueError(f"{name!r} is no token")
-    return octets

@@ -256,10 +256,6 @@ class EventLog:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         return os.open(self.path, flags, 0o640)
 
-    def enabled(self, level: str) -> bool:
-        """Whether events of that level are written."""
-        return LEVELS[level] >= self.threshold
-
     def event(self, level: str, event: str, **fields: object) -> None:
         """Write one event. Never raises for the file's sake."""
         if LEVELS[level] >= self.threshold:
@@ -306,7 +302,7 @@ class EventLog:
         handler.setFormatter(self.formatter)
         root = logging.getLogger()
         root.handlers[:] = [handler]
-        root.setLevel(logging.WARNING)
+        root.setLevel(max(logging.WARNING, self.threshold))
 
 
 class _LibraryHandler(logging.Handler):

@@ -22,7 +22,7 @@ from .aborts import Abort
 from .framing import NO_BODY
 from .head import RequestHead
 from .limits import Bound, Limit
-from .log import EventLog, timestamp
+from .log import SCHEMA_VERSION, EventLog, timestamp
 from .relay import Relay
 from .vocabulary import Cause, Operation, Phase, Side
 
@@ -272,6 +272,7 @@ class Record:
         sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
         if (
             self.attempts
+            or relay.tunnel
             or len(head.method) + len(head.target) > _LONG_TARGET
             or head_at is None
             or connected_at is None
@@ -293,7 +294,7 @@ class Record:
         expected_request = head.section.content_length
         expected_response = response_head.section.content_length
         return (
-            f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":1,'
+            f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":{SCHEMA_VERSION},'
             f'"message":"{what} answered {status} in {duration} s: {response_body:,} bytes of content'
             f' to client {about.client_text}","request_id":"{self.request_id}",{about.fields_text},'
             f'"upstream":{_quote(self.upstream or "")},{method_and_target},"status":{status},'
@@ -311,6 +312,8 @@ class Record:
         """Returns: the fields of the contract, those of an abort included if there is one."""
         now = time.monotonic()
         relay = self.relay
+        if abort is None and relay is not None and relay.ended_at is not None:
+            now = relay.ended_at  # what was awaited after that is its delivery
         first_at = self.first_at
         method, target = self.method_and_target()
         timing: dict[str, float] = {}

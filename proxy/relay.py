@@ -237,6 +237,7 @@ class Relay:
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
+        self.ended_at: float | None = None  # as last_byte_at; of a tunnel, the end of the direction that ended last
         self.awaiting_continue = False
         # Watches exist only for limits that are set; most exchanges have none.
         self.client_read_watch: Watch | None = None
@@ -624,6 +625,7 @@ class Relay:
                 self.sent_at = time.monotonic()
             elif self.upstream is not None:
                 self.upstream.end_write()
+                self.ended_at = time.monotonic()
         except BlockingIOError:
             return  # upstream takes no more for now: poll says when
         except OSError as error:
@@ -758,9 +760,9 @@ class Relay:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
                 self._note("upstream", str(status))
-                if not rest:
-                    self.first_byte_at = None  # of the final response
                 self._flush_response(now)
+            if not rest:
+                self.first_byte_at = None  # of the final response
             return
         framing = response_framing(status, head.section, self.request_head.method, self.settings.max_head_size.value)
         if hijacks(self.request_head, head, framing):
@@ -849,7 +851,7 @@ class Relay:
             if response.pending or not response.framing.complete or self.response_head is None or response.finished:
                 return
             response.finished = True
-            self.last_byte_at = time.monotonic()
+            self.last_byte_at = self.ended_at = time.monotonic()
             if response.pipe is not None:
                 self._release_pipe(response)
             if self.tunnel:

@@ -65,6 +65,18 @@ def upstream_context(settings: Settings) -> UpstreamContext | None:
     return context
 
 
+class Contexts(typing.NamedTuple):
+    """What the certificate files held when they were last read and were good."""
+
+    server: ssl.SSLContext | None
+    upstream: UpstreamContext | None
+
+
+def read_contexts(settings: Settings) -> Contexts:
+    """Read the certificate files. Raises: ConfigError."""
+    return Contexts(server_context(settings), upstream_context(settings))
+
+
 def _load_identity(
     context: ssl.SSLContext, settings: Settings, cert_name: str, cert: str, key_name: str, key: str | None
 ) -> None:

@@ -4,6 +4,7 @@ Workers are told what to do through a pipe each, not by signals: a signal to the
 systemd's stop) then counts once. A worker whose pipe ends has lost the process above it, and drains.
 """
 
+import contextlib
 import errno
 import gc
 import mmap
@@ -22,7 +23,7 @@ from .kernel import pin_to_core, prepare_listener, raise_file_limit
 from .log import EventLog
 from .record import CONNECTIONS, LOST_LINES, Tally, describe_exception
 from .server import ProxyServer
-from .tls import server_context, upstream_context
+from .tls import Contexts, read_contexts
 from .upstream import upstream_pool
 from .waiting import Control
 
@@ -152,6 +153,7 @@ class WorkerProcess:
         log: EventLog,
         listener: socket.socket,
         counts: SharedCounts,
+        contexts: Contexts,
         control_fd: int,
     ) -> None:
         self.index = index
@@ -168,8 +170,8 @@ class WorkerProcess:
             log,
             self.tally,
             self.control,
-            upstream_pool(settings, upstream_context(settings)),
-            server_context(settings),
+            upstream_pool(settings, contexts.upstream),
+            contexts.server,
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 
@@ -265,19 +267,19 @@ class WorkerProcess:
 
     def _reload_certificates(self, *, reopened: bool) -> None:
         try:
-            server_tls, upstream_tls = server_context(self.settings), upstream_context(self.settings)
+            contexts = read_contexts(self.settings)
         except ConfigError as error:
             self.log.event(
                 "error", "server.reload", message=f"the old certificates stay in use: {error}", pid=os.getpid()
             )
             return
-        self.worker.server_tls = server_tls
-        if upstream_tls is not None:
+        self.worker.server_tls = contexts.server
+        if contexts.upstream is not None:
             # Connections on lease find the old pool closed when they come back, and are closed then.
-            old, self.worker.pool = self.worker.pool, upstream_pool(self.settings, upstream_tls)
+            old, self.worker.pool = self.worker.pool, upstream_pool(self.settings, contexts.upstream)
             old.close()
         done = ["log reopened"] if reopened else []
-        if server_tls is not None or upstream_tls is not None:
+        if contexts.server is not None or contexts.upstream is not None:
             done.append("certificates read anew")
         message = ", ".join(done) or "no log was reopened, and there are no certificates"
         self.log.event("info", "server.reload", message=message, pid=os.getpid())
@@ -322,9 +324,14 @@ class Supervisor:
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
-    def __init__(self, settings: Settings, log: EventLog, listeners: list[socket.socket], where: str) -> None:
+    def __init__(
+        self, settings: Settings, log: EventLog, listeners: list[socket.socket], where: str, contexts: Contexts
+    ) -> None:
         self.settings = settings
         self.log = log
+        # Workers inherit them: one that is started again must not find the files half renewed, or newer than those
+        # of the others.
+        self.contexts = contexts
         self.listeners = listeners
         self.where = where
         self.counts = SharedCounts(settings.workers)
@@ -335,10 +342,11 @@ class Supervisor:
         self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
         self.stopping = False
         self.ending = False
+        self.wake = (-1, -1)  # signals arrive here
 
     def run(self) -> int:
         """Returns: the exit status, when all workers have ended."""
-        wake_read, wake_write = os.pipe()
+        wake_read, wake_write = self.wake = os.pipe()
         os.set_blocking(wake_write, False)
         os.set_blocking(wake_read, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -401,9 +409,12 @@ class Supervisor:
         read_end, write_end = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
+        # A signal that the child gets while the wakeup descriptor is still this process's would be taken for another.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._SIGNALS)
         try:
             pid = os.fork()
         except OSError:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
             os.close(read_end)
             os.close(write_end)
             raise
@@ -411,13 +422,16 @@ class Supervisor:
             status = 1
             try:
                 os.close(write_end)
+                for fd in self.wake:
+                    os.close(fd)
                 for other in self.pipes.values():
                     os.close(other)  # or a worker would not see the end of the process above
                 signal.set_wakeup_fd(-1)
                 for number in self._SIGNALS:
                     signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
                 listener = self.listeners[index % len(self.listeners)]
-                WorkerProcess(index, self.settings, self.log, listener, self.counts, read_end).run()
+                WorkerProcess(index, self.settings, self.log, listener, self.counts, self.contexts, read_end).run()
                 status = 0
             except BaseException as error:  # noqa: BLE001  # a worker that can't run says why before it is gone
                 self.log.event(
@@ -430,6 +444,7 @@ class Supervisor:
             finally:
                 # Not sys.exit: what the process above registered to be done at exit is its own to do.
                 os._exit(status)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
         os.close(read_end)
         self.pids[pid] = index
         self.pipes[index] = write_end
@@ -452,6 +467,8 @@ class Supervisor:
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
             self._reopen_own_log()
+            with contextlib.suppress(ConfigError):  # each worker says what is wrong, and keeps the old ones, too
+                self.contexts = read_contexts(self.settings)
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
             self._reopen_own_log()
@@ -557,8 +574,7 @@ def serve(settings: Settings) -> int:
     """Serve until told to stop. Returns: the exit status. Raises: ConfigError for what the environment does not
     allow.
     """
-    server_context(settings)
-    upstream_context(settings)
+    contexts = read_contexts(settings)
     try:
         log = EventLog(settings.log_file, settings.log_level)
     except OSError as error:
@@ -574,7 +590,7 @@ def serve(settings: Settings) -> int:
     listeners, where = open_listeners(settings)
     socket_file = _socket_file(settings)
     try:
-        return Supervisor(settings, log, listeners, where).run()
+        return Supervisor(settings, log, listeners, where, contexts).run()
     finally:
         # A successor may have bound the path meanwhile. Its file is another one: ours exists until it is closed.
         if socket_file is not None and _socket_file(settings) == socket_file:

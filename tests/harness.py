@@ -101,8 +101,11 @@ def check_record(record: LogRecord) -> None:
     assert set(record["timing_s"]) <= set(_TIMINGS)
     for name, moment in record["timing_s"].items():
         assert 0 <= moment <= record["duration_s"] + 0.01, name
+    assert record["timing_s"].get("first_byte", 0) <= record["timing_s"].get("last_byte", 3600)
     if record["event"] == "request.complete":
         assert "cause" not in record
+        if record["status"] not in (101, 200):  # a tunnel ends when both of its directions have
+            assert record["duration_s"] == record["timing_s"]["last_byte"]
         assert record["status"] is not None
         return
     assert record["side"] in SIDES
@@ -170,7 +173,7 @@ class ProxyProcess:
             if not any(option == name or option.startswith(name + "=") for option in options):
                 self.options += [name, value]
         self._own_log = str(self.log_path) in self.options
-        self._all_levels = "--log-level" not in options
+        self._all_levels = not any(option.startswith("--log-level") for option in options)
         command, cwd = launch(form, python, self.directory)
         if namespace is not None:
             command = ["ip", "netns", "exec", namespace, *command]

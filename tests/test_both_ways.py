@@ -313,6 +313,49 @@ def test_an_upstream_that_shakes_hands_anew_in_the_middle_of_an_upload(certifica
             pass
 
 
+@pytest.mark.parametrize("length", [10, 5000], ids=["short_target", "long_target"])
+def test_a_response_that_waits_for_its_delivery_has_ended_before(length: int) -> None:
+    body = b"x" * 300_000  # more than the client takes at once, less than the proxy's socket takes
+    with Upstream(peers.answer(ok(body))) as upstream, ProxyProcess(upstream.url) as proxy:
+        with connect(proxy.address, receive_buffer=4096) as wire:
+            wire.get("/" + "t" * length)
+            time.sleep(0.8)
+            assert len(wire.read_response().body) == len(body)
+            record = _record(proxy)
+        assert record["duration_s"] == record["timing_s"]["last_byte"] < 0.5
+
+
+def test_a_tunnel_lasts_until_its_other_direction_ends_too() -> None:
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send_and_end(SWITCHED)
+        wire.await_end()
+
+    with Upstream(script) as upstream, ProxyProcess(upstream.url) as proxy:
+        with connect(proxy.address) as wire:
+            wire.send(UPGRADE)
+            wire.read_to_end()
+            time.sleep(0.5)
+            wire.send_and_end(b"more")
+            record = _record(proxy)
+        assert record["event"] == "request.complete"
+        assert record["timing_s"]["last_byte"] < 0.4 < 0.5 <= record["duration_s"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_the_first_byte_is_that_of_the_final_response(version: str) -> None:
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        time.sleep(0.3)
+        wire.send(ok())
+        wire.await_end()
+
+    with Upstream(script) as upstream, ProxyProcess(upstream.url) as proxy, connect(proxy.address) as wire:
+        wire.send(f"GET / HTTP/{version}\r\nHost: t\r\n\r\n".encode())
+        assert _record(proxy)["timing_s"]["first_byte"] >= 0.3
+
+
 # -- kept connections -------------------------------------------------------------------------------------------------
 
 

@@ -360,6 +360,30 @@ def test_sigusr2_is_answered_at_any_log_level(gate: Gate, upstream: Upstream, tm
             assert process.wait(10) == 0
 
 
+def test_a_worker_that_is_started_again_needs_no_certificate_files(
+    upstream: Upstream, gate: Gate, certificates: Certificates, tmp_path: pathlib.Path
+) -> None:
+    """They may be half renewed at that moment; its share of the connections must not wait for it."""
+    gate.open.set()
+    own = tmp_path / "own.pem"
+    own.write_bytes(pathlib.Path(certificates.server).read_bytes())
+    context = certificates.client_context()
+    with ProxyProcess(upstream.url, "--workers", "2", "--tls-cert", str(own)) as proxy:
+        own.write_text("half of it")
+        proxy.send_signal(signal.SIGHUP)
+        wait_until(lambda: sum(record["event"] == "server.reload" for record in proxy.records()) == 2)
+        first = proxy.start_record["workers"]
+        os.kill(first[0], signal.SIGKILL)
+        proxy.wait_for(lambda record: record["event"] == "worker.exit")
+        for _ in range(20):
+            with connect(proxy.address, context, patience_s=5) as wire:
+                wire.get("/")
+                assert b"200 OK" in wire.read_head()
+        records = proxy.records()
+        assert sum(record["event"] == "worker.exit" for record in records) == 1
+        assert not [record for record in records if record["event"] == "worker.error"]
+
+
 @pytest.mark.parametrize("tls", [True, False])
 def test_sighup_says_what_was_done(tls: bool, upstream: Upstream, certificates: Certificates) -> None:
     options = ("--tls-cert", certificates.server) if tls else ()
