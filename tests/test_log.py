@@ -4,6 +4,7 @@ import collections.abc
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import re
@@ -592,3 +593,17 @@ def test_nothing_an_upstream_says_breaks_a_line_or_an_answer(octets: bytes) -> N
         harness.check_record(record)
         assert record["side"] == "upstream"
         assert all(text.isascii() and text.isprintable() for text in _texts(record))
+
+
+@pytest.mark.parametrize(("level", "events"), [("info", ["library.log"]), ("warning", ["library.log"]), ("error", [])])
+def test_what_a_library_warns_of_has_a_level_too(level: str, events: list[str], tmp_path: pathlib.Path) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        with open_log(tmp_path / "log", level) as log:
+            log.capture_library_logs()
+            logging.getLogger("urllib3").warning("a warning")
+    finally:
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+    assert [record["event"] for record in parse_log((tmp_path / "log").read_bytes())] == events
