@@ -110,12 +110,24 @@ def open_standard_files() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
+def print_line(text: str) -> None:
+    """Write a line, or several, for people to stderr. Raises nothing: the exit status is to say it in any case."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:
+        # Or the interpreter would try again at its end, and change the status.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)
+        os.close(nothing)
+
+
 def require_dependencies() -> None:
     """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit."""
     open_standard_files()
     missing = missing_dependencies()
     if missing:
-        sys.stderr.write(mending_commands(missing))
+        print_line(mending_commands(missing).rstrip("\n"))
         raise SystemExit(2)
 
 
@@ -2636,7 +2648,7 @@ for log rotation.
 """
 
 
-# --- proxy/log.py, line 23 ---
+# --- proxy/log.py, line 22 ---
 
 try:
     import pythonjsonlogger.json
@@ -2930,11 +2942,6 @@ class _LibraryHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._log.write(self.format(record))
-
-
-def print_line(text: str) -> None:
-    """Write a line for people to stderr."""
-    sys.stderr.write(text + "\n")
 
 
 # --- proxy/vocabulary.py, line 1 ---
@@ -7182,6 +7189,8 @@ _DRAIN_POLL_S = 0.02
 _RESTART_PAUSE_S = 1.0
 # What the ending of a request in flight, record included, may take once its time is up.
 _END_GRACE_S = 3.0
+# How much longer a worker has that does not end by itself, as it is stopped or stuck.
+_KILL_AFTER_S = 1.0
 _MORE_ROOM = "allow more open files and processes (ulimit -n and -u), or set fewer --workers"
 
 
@@ -7352,6 +7361,13 @@ class WorkerProcess:
             commands = os.read(self.control_fd, 64)
             if not commands:
                 poller.unregister(self.control_fd)
+                if not draining:
+                    self.log.event(
+                        "error",
+                        "server.drain",
+                        message=f"the main process has gone; worker {self.index} drains, and there will be no balance",
+                        pid=os.getpid(),
+                    )
             for command in [bytes((c,)) for c in commands] or [_DRAIN]:
                 self._obey(command)
         elif not draining:
@@ -7487,6 +7503,7 @@ class Supervisor:
         self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
         self.stopping = False
         self.ending = False
+        self.kill_at: float | None = None  # when workers that have not ended are killed
         self.wake = (-1, -1)  # signals arrive here
 
     def run(self) -> int:
@@ -7502,7 +7519,7 @@ class Supervisor:
             try:
                 self._start(index)
             except OSError as error:
-                # Those that run lose the process above them, and end.
+                self._tell(_END)
                 raise ConfigError(
                     f"workers {self.settings.workers} ({self.settings.sources['workers']}): number {index + 1}"
                     f" can't be started: {error.strerror}; {_MORE_ROOM}"
@@ -7522,11 +7539,16 @@ class Supervisor:
         poller.register(wake_read, select.POLLIN)
         while self.pids or self.restart_at:
             now = time.monotonic()
-            wait_s = min((at - now for at in self.restart_at.values()), default=3600.0)
+            due = [*self.restart_at.values()] + ([self.kill_at] if self.kill_at is not None else [])
+            wait_s = min((at - now for at in due), default=3600.0)
             if poller.poll(max(0, int(wait_s * 1000) + 1)):
                 for byte in os.read(wake_read, 4096):
                     self._handle(byte)
             self._reap()
+            if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                self.kill_at = None
+                for pid in self.pids:
+                    os.kill(pid, signal.SIGKILL)
             for index, at in list(self.restart_at.items()):
                 if self.stopping:
                     del self.restart_at[index]
@@ -7609,6 +7631,9 @@ class Supervisor:
                     message=f"{signal.Signals(number).name}: no new connections; requests in flight have {left}",
                     pid=os.getpid(),
                 )
+            drain_s = 0.0 if self.ending else self.settings.drain_timeout
+            kill_at = time.monotonic() + drain_s + _END_GRACE_S + _KILL_AFTER_S
+            self.kill_at = kill_at if self.kill_at is None else min(self.kill_at, kill_at)
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
             self._reopen_own_log()
@@ -8086,7 +8111,7 @@ exit status 2, never a traceback.
 """
 
 
-# --- proxy/cli.py, line 25 ---
+# --- proxy/cli.py, line 24 ---
 
 COMMANDS = {
     "serve": "serve until told to stop; the default",

@@ -17,8 +17,7 @@ import typing
 from . import __version__
 from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variables, load_settings
 from .demo import end_in_order_on_signals, run_demo, show
-from .dependencies import DEPENDENCIES, open_standard_files
-from .log import print_line
+from .dependencies import DEPENDENCIES, open_standard_files, print_line
 from .tls import read_contexts
 from .workers import check_socket_path, serve
 

@@ -18,7 +18,7 @@ import traceback
 import typing
 
 from .config import ConfigError, load_settings
-from .log import print_line
+from .dependencies import print_line
 from .workers import serve
 
 _PUSH = (

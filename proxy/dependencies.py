@@ -46,10 +46,22 @@ def open_standard_files() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
 
+def print_line(text: str) -> None:
+    """Write a line, or several, for people to stderr. Raises nothing: the exit status is to say it in any case."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:
+        # Or the interpreter would try again at its end, and change the status.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)
+        os.close(nothing)
+
+
 def require_dependencies() -> None:
     """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit."""
     open_standard_files()
     missing = missing_dependencies()
     if missing:
-        sys.stderr.write(mending_commands(missing))
+        print_line(mending_commands(missing).rstrip("\n"))
         raise SystemExit(2)

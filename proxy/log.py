@@ -15,7 +15,6 @@ import mmap
 import os
 import select
 import stat
-import sys
 import threading
 import time
 import typing
@@ -312,8 +311,3 @@ class _LibraryHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._log.write(self.format(record))
-
-
-def print_line(text: str) -> None:
-    """Write a line for people to stderr."""
-    sys.stderr.write(text + "\n")

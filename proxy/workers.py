@@ -37,6 +37,8 @@ _DRAIN_POLL_S = 0.02
 _RESTART_PAUSE_S = 1.0
 # What the ending of a request in flight, record included, may take once its time is up.
 _END_GRACE_S = 3.0
+# How much longer a worker has that does not end by itself, as it is stopped or stuck.
+_KILL_AFTER_S = 1.0
 _MORE_ROOM = "allow more open files and processes (ulimit -n and -u), or set fewer --workers"
 
 
@@ -207,6 +209,13 @@ class WorkerProcess:
             commands = os.read(self.control_fd, 64)
             if not commands:
                 poller.unregister(self.control_fd)
+                if not draining:
+                    self.log.event(
+                        "error",
+                        "server.drain",
+                        message=f"the main process has gone; worker {self.index} drains, and there will be no balance",
+                        pid=os.getpid(),
+                    )
             for command in [bytes((c,)) for c in commands] or [_DRAIN]:
                 self._obey(command)
         elif not draining:
@@ -342,6 +351,7 @@ class Supervisor:
         self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
         self.stopping = False
         self.ending = False
+        self.kill_at: float | None = None  # when workers that have not ended are killed
         self.wake = (-1, -1)  # signals arrive here
 
     def run(self) -> int:
@@ -357,7 +367,7 @@ class Supervisor:
             try:
                 self._start(index)
             except OSError as error:
-                # Those that run lose the process above them, and end.
+                self._tell(_END)
                 raise ConfigError(
                     f"workers {self.settings.workers} ({self.settings.sources['workers']}): number {index + 1}"
                     f" can't be started: {error.strerror}; {_MORE_ROOM}"
@@ -377,11 +387,16 @@ class Supervisor:
         poller.register(wake_read, select.POLLIN)
         while self.pids or self.restart_at:
             now = time.monotonic()
-            wait_s = min((at - now for at in self.restart_at.values()), default=3600.0)
+            due = [*self.restart_at.values()] + ([self.kill_at] if self.kill_at is not None else [])
+            wait_s = min((at - now for at in due), default=3600.0)
             if poller.poll(max(0, int(wait_s * 1000) + 1)):
                 for byte in os.read(wake_read, 4096):
                     self._handle(byte)
             self._reap()
+            if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                self.kill_at = None
+                for pid in self.pids:
+                    os.kill(pid, signal.SIGKILL)
             for index, at in list(self.restart_at.items()):
                 if self.stopping:
                     del self.restart_at[index]
@@ -464,6 +479,9 @@ class Supervisor:
                     message=f"{signal.Signals(number).name}: no new connections; requests in flight have {left}",
                     pid=os.getpid(),
                 )
+            drain_s = 0.0 if self.ending else self.settings.drain_timeout
+            kill_at = time.monotonic() + drain_s + _END_GRACE_S + _KILL_AFTER_S
+            self.kill_at = kill_at if self.kill_at is None else min(self.kill_at, kill_at)
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
             self._reopen_own_log()

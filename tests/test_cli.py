@@ -322,6 +322,19 @@ def test_check_into_a_pipe_whose_reader_has_left(program: Program) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_an_error_that_cannot_be_told_is_in_the_exit_status(program: Program) -> None:
+    with open("/dev/full", "wb") as output:
+        done = subprocess.run(
+            [sys.executable, *program.command, "--bad"],
+            cwd=program.directory,
+            env=program.environment,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            timeout=PATIENCE_S,
+        )
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
 @pytest.mark.parametrize("command", ["check", "demo", "--help"])
 def test_onto_a_full_disk(program: Program, command: str) -> None:
     with open("/dev/full", "wb") as output:

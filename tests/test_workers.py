@@ -309,6 +309,9 @@ def test_without_the_process_above_workers_drain(gate: Gate, upstream: Upstream)
             assert wire.read_to_end().endswith(b"0\r\n\r\n")
         wait_until(lambda: not any(_runs(pid) for pid in workers))
         assert only(proxy)["event"] == "request.complete"
+        said = [record for record in proxy.records() if record["event"] == "server.drain"]
+        assert sorted(record["pid"] for record in said) == sorted(workers)
+        assert {record["level"] for record in said} == {"error"}
 
 
 def _runs(pid: int) -> bool:
@@ -382,6 +385,16 @@ def test_a_worker_that_is_started_again_needs_no_certificate_files(
         records = proxy.records()
         assert sum(record["event"] == "worker.exit" for record in records) == 1
         assert not [record for record in records if record["event"] == "worker.error"]
+
+
+def test_a_worker_that_is_stuck_does_not_hold_the_end(upstream: Upstream) -> None:
+    with ProxyProcess(upstream.url, "--drain-timeout", "0") as proxy:
+        os.kill(proxy.start_record["workers"][0], signal.SIGSTOP)
+        proxy.send_signal(signal.SIGTERM)
+        assert proxy.process.wait(15) == 0
+        records = proxy.records()
+        assert [r["status"] for r in records if r["event"] == "worker.exit"] == [-signal.SIGKILL]
+        assert records[-1]["event"] == "server.stop"
 
 
 @pytest.mark.parametrize("tls", [True, False])
