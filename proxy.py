@@ -2246,13 +2246,19 @@ def _looks_like_option(name: str) -> bool:
 _OPTION_WORDS = frozenset(word for option in OPTIONS for word in option.name.split("_"))
 
 
+# No configuration is as large; a device or a disk image is.
+_LARGEST_FILE = 256 * 1024
+
+
 def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     where = f"config {_quoted(path)} ({source})"
     try:
         with open(path, "rb") as file:
-            octets = file.read()
+            octets = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{where}: can't be read: {error.strerror}; check the path and its permissions") from error
+    if len(octets) > _LARGEST_FILE:
+        raise ConfigError(f"{where}: is larger than {_LARGEST_FILE:,} bytes; check that it is the right file")
     try:
         text = octets.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -2601,6 +2607,12 @@ def _check_together(settings: Settings) -> None:
             raise ConfigError(
                 f"{name} {_quoted(value)} ({settings.sources[name]}): has no meaning without {flag}; set {flag} too"
             )
+    if _is_itself(settings.listen, settings.upstream):
+        raise ConfigError(
+            f"upstream {str(settings.upstream)!r} ({settings.sources['upstream']}): is where the proxy itself listens,"
+            f" listen {str(settings.listen)!r} ({settings.sources['listen']});"
+            " name the server behind it, or listen elsewhere"
+        )
     if settings.upstream.scheme == "https":
         return
     for name, value in (("upstream_ca", settings.upstream_ca), ("upstream_cert", settings.upstream_cert)):
@@ -2610,6 +2622,17 @@ def _check_together(settings: Settings) -> None:
                 f" upstream {str(settings.upstream)!r} ({settings.sources['upstream']});"
                 f" set an https:// upstream, or leave {_BY_NAME[name].flag} out"
             )
+
+
+def _is_itself(listen: "TcpAddress | UnixAddress", upstream: UpstreamUrl) -> bool:
+    """Whether each request would come back, and go round until its fields are too many."""
+    if isinstance(listen, UnixAddress):
+        return upstream.scheme == "unix" and os.path.realpath(listen.path) == os.path.realpath(upstream.path)
+    if upstream.scheme == "unix" or listen.port != upstream.port:
+        return False
+    # Not by looking names up: that is for the time when the address is wanted.
+    reached = {"": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("127.0.0.1", "::1")}
+    return upstream.host.lower() in (listen.host.lower(), *reached.get(listen.host, ()))
 
 
 # -- words of errors -------------------------------------------------------------------------------------------------

@@ -295,6 +295,10 @@ def test_a_file_that_is_not_utf_8(tmp_path: pathlib.Path) -> None:
     assert "line 2 is not UTF-8" in _error(["--config", str(path)])
 
 
+def test_a_file_without_an_end() -> None:
+    assert "config '/dev/zero' (flag): is larger than 262,144 bytes; " in _error(["--config", "/dev/zero"])
+
+
 def test_a_byte_order_mark_is_no_error(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "proxy.toml"
     path.write_bytes(b"\xef\xbb\xbfworkers = 3\n")
@@ -713,6 +717,34 @@ def test_a_certificate_file_may_hold_its_key() -> None:
     settings = load_settings(["--tls-cert", "both.pem", "--upstream", "https://h", "--upstream-cert", "both.pem"], {})
     assert (settings.tls_cert, settings.tls_key) == ("both.pem", None)
     assert (settings.upstream_cert, settings.upstream_key) == ("both.pem", None)
+
+
+@pytest.mark.parametrize(
+    ("listen", "upstream", "itself"),
+    [
+        ("127.0.0.1:80", "http://127.0.0.1:80", True),
+        ("127.0.0.1:80", "http://127.0.0.1:81", False),
+        ("127.0.0.1:80", "http://127.0.0.2:80", False),
+        ("127.0.0.1:443", "https://127.0.0.1", True),
+        ("0.0.0.0:80", "http://127.0.0.1:80", True),
+        ("0.0.0.0:80", "http://[::1]:80", False),
+        ("[::]:80", "http://[::1]:80", True),
+        ("[::]:80", "http://127.0.0.1:80", True),
+        ("localhost:80", "http://LOCALHOST:80", True),
+        ("unix:{}/a", "unix://{}/a", True),
+        ("unix:{}/link", "unix://{}/a", True),
+        ("unix:{}/a", "unix://{}/b", False),
+        ("unix:{}/a", "http://a:80", False),
+        ("127.0.0.1:80", "unix://{}/a", False),
+    ],
+)
+def test_the_proxy_is_not_its_own_upstream(listen: str, upstream: str, itself: bool, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    arguments = ["--listen", listen.format(tmp_path), "--upstream", upstream.format(tmp_path)]
+    if itself:
+        assert "(flag): is where the proxy itself listens, listen " in _error(arguments)
+    else:
+        load_settings(arguments, {})
 
 
 # -- anything at all -------------------------------------------------------------------------------------------------
