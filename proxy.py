@@ -2687,6 +2687,8 @@ MAX_LINE = 32 * 1024
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 # How long one line may wait for a pipe whose reader does not read.
 _PATIENCE_S = 1.0
+# A line that is lost so long after the last one is the first of another outage.
+_OUTAGE_S = 1.0
 
 # The second for which the text was made, in nanoseconds, and the text.
 _known_second: tuple[int, str] = (0, "")
@@ -2899,7 +2901,9 @@ class EventLog:
         self.info_enabled = self.threshold <= LEVELS["info"]
         self.formatter = RecordFormatter()
         self.lost_lines = 0
-        self._lock = threading.Lock()  # guards lost_lines
+        self._lock = threading.Lock()  # guards lost_lines and _lost_at
+        self._lost_at = -_OUTAGE_S
+        self._removed = False  # the file has no name any more, and could not be made anew
         fd = 2 if path == "-" else self._open()
         self._stderr = LineFile(2, SharedState())
         self._file = self._stderr if path == "-" else LineFile(fd, SharedState())
@@ -2922,6 +2926,8 @@ class EventLog:
         """Write one finished line. Raises nothing: a transfer must not fail because of its log."""
         data = line.encode("ascii")
         try:
+            if self._removed:
+                raise FileNotFoundError(errno.ENOENT, "the file was removed, and can't be made anew")
             self._file.write(data)
         except Exception as error:  # noqa: BLE001  # a bug in here has no other log to be told to
             self._lose(data, error)
@@ -2929,7 +2935,9 @@ class EventLog:
     def _lose(self, data: bytes, error: Exception) -> None:
         with self._lock:
             self.lost_lines += 1
-            first = self.lost_lines == 1 or self.lost_lines % 1000 == 0
+            now = time.monotonic()
+            first = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
+            self._lost_at = now
         if self._file is self._stderr:
             return
         try:
@@ -2941,13 +2949,26 @@ class EventLog:
             # Neither the file nor stderr takes the line: counting it, above, is all that is left to do.
             return
 
-    def reopen(self) -> None:
-        """Open the file anew, as after rotation; the old one stays in use if that fails.
+    def reopen(self) -> bool:
+        """Open the file anew, as after rotation. If that fails the old one stays in use, unless nobody could ever read
+        it.
 
-        Raises: OSError.
+        Returns: whether there is a file, and it was opened anew. If not, an event says why.
         """
-        if self.path != "-":
+        if self.path == "-":
+            return False
+        try:
             self._file.replace(self._open())
+        except OSError as error:
+            self._removed = os.fstat(self._file.fd).st_nlink == 0
+            meanwhile = (
+                "lines go to stderr, as the old file was removed" if self._removed else "the old file stays in use"
+            )
+            text = f"{self.path} can't be opened, {meanwhile}: {error}"
+            self.event("error", "log.reopen", message=text, pid=os.getpid())
+            return False
+        self._removed = False
+        return True
 
     def capture_library_logs(self) -> None:
         """Send what libraries log at warning and above through this log, as events."""
@@ -7418,7 +7439,7 @@ class WorkerProcess:
             self._drain(0.0)
             self.control.ending = True
         elif command in (_RELOAD, _REOPEN):
-            reopened = self._reopen_log()
+            reopened = self.log.reopen()
             if command == _RELOAD:
                 self._reload_certificates(reopened=reopened)
         elif command == _DUMP:
@@ -7434,20 +7455,6 @@ class WorkerProcess:
             os.write(self._wake_write, b"!")  # and never read: every wait of every thread sees it
         else:
             control.drain_until = min(control.drain_until, until)
-
-    def _reopen_log(self) -> bool:
-        """Returns: whether there is a log file, and it was opened anew."""
-        try:
-            self.log.reopen()
-            return self.log.path != "-"
-        except OSError as error:
-            self.log.event(
-                "error",
-                "log.reopen",
-                message=f"{self.log.path} can't be opened, the old file stays in use: {error}",
-                pid=os.getpid(),
-            )
-            return False
 
     def _reload_certificates(self, *, reopened: bool) -> None:
         try:
@@ -7659,26 +7666,15 @@ class Supervisor:
             self.kill_at = kill_at if self.kill_at is None else min(self.kill_at, kill_at)
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
-            self._reopen_own_log()
+            self.log.reopen()
             with contextlib.suppress(ConfigError):  # each worker says what is wrong, and keeps the old ones, too
                 self.contexts = read_contexts(self.settings)
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
-            self._reopen_own_log()
+            self.log.reopen()
             self._tell(_REOPEN)
         elif number == signal.SIGUSR2:
             self._tell(_DUMP)
-
-    def _reopen_own_log(self) -> None:
-        try:
-            self.log.reopen()
-        except OSError as error:
-            self.log.event(
-                "error",
-                "log.reopen",
-                message=f"{self.log.path} can't be opened, the old file stays in use: {error}",
-                pid=os.getpid(),
-            )
 
     def _tell(self, command: bytes) -> None:
         for fd in self.pipes.values():

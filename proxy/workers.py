@@ -243,7 +243,7 @@ class WorkerProcess:
             self._drain(0.0)
             self.control.ending = True
         elif command in (_RELOAD, _REOPEN):
-            reopened = self._reopen_log()
+            reopened = self.log.reopen()
             if command == _RELOAD:
                 self._reload_certificates(reopened=reopened)
         elif command == _DUMP:
@@ -259,20 +259,6 @@ class WorkerProcess:
             os.write(self._wake_write, b"!")  # and never read: every wait of every thread sees it
         else:
             control.drain_until = min(control.drain_until, until)
-
-    def _reopen_log(self) -> bool:
-        """Returns: whether there is a log file, and it was opened anew."""
-        try:
-            self.log.reopen()
-            return self.log.path != "-"
-        except OSError as error:
-            self.log.event(
-                "error",
-                "log.reopen",
-                message=f"{self.log.path} can't be opened, the old file stays in use: {error}",
-                pid=os.getpid(),
-            )
-            return False
 
     def _reload_certificates(self, *, reopened: bool) -> None:
         try:
@@ -484,26 +470,15 @@ class Supervisor:
             self.kill_at = kill_at if self.kill_at is None else min(self.kill_at, kill_at)
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
-            self._reopen_own_log()
+            self.log.reopen()
             with contextlib.suppress(ConfigError):  # each worker says what is wrong, and keeps the old ones, too
                 self.contexts = read_contexts(self.settings)
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
-            self._reopen_own_log()
+            self.log.reopen()
             self._tell(_REOPEN)
         elif number == signal.SIGUSR2:
             self._tell(_DUMP)
-
-    def _reopen_own_log(self) -> None:
-        try:
-            self.log.reopen()
-        except OSError as error:
-            self.log.event(
-                "error",
-                "log.reopen",
-                message=f"{self.log.path} can't be opened, the old file stays in use: {error}",
-                pid=os.getpid(),
-            )
 
     def _tell(self, command: bytes) -> None:
         for fd in self.pipes.values():

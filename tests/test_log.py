@@ -116,10 +116,31 @@ def test_a_file_that_cannot_be_opened_anew_stays_in_use(tmp_path: pathlib.Path) 
     with open_log(path) as log:
         path.rename(tmp_path / "moved")
         path.parent.rmdir()
-        with pytest.raises(FileNotFoundError):
-            log.reopen()
+        assert not log.reopen()
         log.event("info", "test")
-    assert len(parse_log((tmp_path / "moved").read_bytes())) == 1
+        assert log.lost_lines == 0
+    assert [r["event"] for r in parse_log((tmp_path / "moved").read_bytes())] == ["log.reopen", "test"]
+
+
+def test_a_file_that_was_removed_is_not_written_to(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "directory" / "log"
+    path.parent.mkdir()
+    with open_log(path) as log:
+        path.unlink()
+        path.parent.rmdir()
+        assert not log.reopen()
+        log.event("info", "lost")
+        assert log.lost_lines == 2
+        path.parent.mkdir()
+        assert log.reopen()
+        log.event("info", "found")
+        assert log.lost_lines == 2
+        path.unlink()
+        path.parent.rmdir()
+        time.sleep(1.1)  # as long as it takes to be another outage
+        assert not log.reopen()
+    said = [record["event"] for record in parse_log(capfd.readouterr().err.encode())]
+    assert said == ["log.lost", "log.reopen", "lost", "log.lost", "log.reopen"]
 
 
 def test_a_named_pipe_without_a_reader_is_an_error_and_no_wait(tmp_path: pathlib.Path) -> None:
