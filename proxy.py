@@ -3786,7 +3786,11 @@ class Contexts(typing.NamedTuple):
 
 def read_contexts(settings: Settings) -> Contexts:
     """Read the certificate files. Raises: ConfigError."""
-    return Contexts(server_context(settings), upstream_context(settings))
+    try:
+        return Contexts(server_context(settings), upstream_context(settings))
+    except OSError as error:
+        # Each file was readable a moment ago: whoever renews it is at work.
+        raise ConfigError(f"a certificate file changed while it was read: {error}; try again") from error
 
 
 def _load_identity(
@@ -7667,7 +7671,8 @@ class Supervisor:
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
             self.log.reopen()
-            with contextlib.suppress(ConfigError):  # each worker says what is wrong, and keeps the old ones, too
+            # Bad files leave the old contexts in use, here as in the workers, each of which logs what is wrong.
+            with contextlib.suppress(ConfigError):
                 self.contexts = read_contexts(self.settings)
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:

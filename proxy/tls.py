@@ -74,7 +74,11 @@ class Contexts(typing.NamedTuple):
 
 def read_contexts(settings: Settings) -> Contexts:
     """Read the certificate files. Raises: ConfigError."""
-    return Contexts(server_context(settings), upstream_context(settings))
+    try:
+        return Contexts(server_context(settings), upstream_context(settings))
+    except OSError as error:
+        # Each file was readable a moment ago: whoever renews it is at work.
+        raise ConfigError(f"a certificate file changed while it was read: {error}; try again") from error
 
 
 def _load_identity(

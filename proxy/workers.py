@@ -471,7 +471,8 @@ class Supervisor:
             self._tell(_END if self.ending else _DRAIN)
         elif number == signal.SIGHUP:
             self.log.reopen()
-            with contextlib.suppress(ConfigError):  # each worker says what is wrong, and keeps the old ones, too
+            # Bad files leave the old contexts in use, here as in the workers, each of which logs what is wrong.
+            with contextlib.suppress(ConfigError):
                 self.contexts = read_contexts(self.settings)
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:

@@ -1,12 +1,14 @@
 """Options: where values come from, which of them wins, and that every refusal says what, where and how to mend it."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import pathlib
 import re
 import socket
+import ssl
 import tomllib
 import types
 import typing
@@ -18,6 +20,7 @@ import pytest
 import proxy.config
 from proxy.config import OPTIONS, ConfigError, Kind, Settings, TcpAddress, UnixAddress, UpstreamUrl, load_settings
 from proxy.limits import Bound, Limit
+from proxy.tls import read_contexts
 
 
 def _error(arguments: list[str], environ: dict[str, str] | None = None) -> str:
@@ -745,6 +748,19 @@ def test_the_proxy_is_not_its_own_upstream(listen: str, upstream: str, itself: b
         assert "(flag): is where the proxy itself listens, listen " in _error(arguments)
     else:
         load_settings(arguments, {})
+
+
+def test_a_certificate_file_that_goes_while_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """It can be opened, and a moment later can't: the main process reads on SIGHUP, and must not end of it."""
+    (tmp_path / "own.pem").touch()
+
+    def gone(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", gone)
+    settings = load_settings(["--tls-cert", str(tmp_path / "own.pem")], {})
+    with pytest.raises(ConfigError, match="changed while it was read"):
+        read_contexts(settings)
 
 
 # -- anything at all -------------------------------------------------------------------------------------------------
