@@ -31,6 +31,8 @@ _BACKLOG = 4096
 _CELL_BYTES = 8
 _SLOT_BYTES = len(Tally.NAMES) * _CELL_BYTES
 _DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
+# What a worker reports when it accepts connections; anything else is why it can't.
+_SERVES = b"\0"
 _SWEEP_EVERY_S = 5.0
 _DRAIN_POLL_S = 0.02
 # A worker that dies right after its start is not started again at once.
@@ -177,8 +179,8 @@ class WorkerProcess:
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 
-    def run(self) -> None:
-        """Serve until told to stop and all is done."""
+    def run(self, report_to: int | None) -> None:
+        """Serve until told to stop and all is done. ``report_to`` is told once, when connections are accepted."""
         pin_to_core(self.index)
         # What exists now lives as long as the process; the collector need not look at it again.
         gc.collect()
@@ -186,6 +188,9 @@ class WorkerProcess:
         gc.set_threshold(20_000, 20, 50)
         self.log.capture_library_logs()
         self.server.serve_forever()
+        if report_to is not None:
+            os.write(report_to, _SERVES)
+            os.close(report_to)
         poller = select.poll()
         poller.register(self.control_fd, select.POLLIN)
         while not self._finished():
@@ -349,15 +354,14 @@ class Supervisor:
         for number in self._SIGNALS:
             signal.signal(number, _ignore_here)
         began_at = time.monotonic()
-        for index in range(self.settings.workers):
-            try:
-                self._start(index)
-            except OSError as error:
-                self._tell(_END)
-                raise ConfigError(
-                    f"workers {self.settings.workers} ({self.settings.sources['workers']}): number {index + 1}"
-                    f" can't be started: {error.strerror}; {_MORE_ROOM}"
-                ) from error
+        try:
+            self._start_all()
+        except OSError as error:
+            self._tell(_END)
+            raise ConfigError(
+                f"workers {self.settings.workers} ({self.settings.sources['workers']}): number {len(self.pids) + 1}"
+                f" can't be started: {error.strerror}; {_MORE_ROOM}"
+            ) from error
         workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
         self.log.event(
             "info",
@@ -391,6 +395,28 @@ class Supervisor:
                     self._start_again(index)
         return self._report(began_at)
 
+    def _start_all(self) -> None:
+        """Start every worker, and wait until all of them serve.
+
+        Raises: OSError where one can't be started, ConfigError where one can't serve.
+        """
+        reports, report_to = os.pipe()
+        with open(reports, "rb") as file:
+            try:
+                for index in range(self.settings.workers):
+                    self._start(index, (reports, report_to))
+            finally:
+                os.close(report_to)
+                said = file.read()  # to its end: each worker has closed its copy, or has died
+        missing = self.settings.workers - said.count(_SERVES)
+        if missing:
+            self._tell(_END)
+            why = said.replace(_SERVES, b"").decode("utf-8", "replace") or "killed at its start"
+            raise ConfigError(
+                f"workers {self.settings.workers} ({self.settings.sources['workers']}): {missing} can't serve: {why};"
+                f" {_MORE_ROOM}"
+            )
+
     def _start_again(self, index: int) -> None:
         try:
             self._start(index)
@@ -405,8 +431,11 @@ class Supervisor:
                 exception=describe_exception(error),
             )
 
-    def _start(self, index: int) -> None:
-        """Start a worker. Raises: OSError where files or processes run out."""
+    def _start(self, index: int, reports: tuple[int, int] | None = None) -> None:
+        """Start a worker. ``reports`` are both ends of the pipe for what comes of it, at the start of all.
+
+        Raises: OSError where files or processes run out.
+        """
         read_end, write_end = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -421,8 +450,12 @@ class Supervisor:
             raise
         if pid == 0:
             status = 1
+            report_to = None
             try:
                 os.close(write_end)
+                if reports is not None:
+                    os.close(reports[0])
+                    report_to = reports[1]
                 for fd in self.wake:
                     os.close(fd)
                 for other in self.pipes.values():
@@ -432,7 +465,16 @@ class Supervisor:
                     signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
                 listener = self.listeners[index % len(self.listeners)]
-                WorkerProcess(index, self.settings, self.log, listener, self.counts, self.contexts, read_end).run()
+                try:
+                    worker = WorkerProcess(
+                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end
+                    )
+                except OSError as error:
+                    if report_to is None:
+                        raise
+                    os.write(report_to, (error.strerror or str(error)).encode("utf-8", "replace"))
+                    return  # by way of finally
+                worker.run(report_to)
                 status = 0
             except BaseException as error:  # noqa: BLE001  # a worker that can't run says why before it is gone
                 self.log.event(

@@ -1,6 +1,7 @@
 """Signals, deaths and ends: of one worker, of the process above, of a terminal's whole group."""
 
 import collections.abc
+import json
 import os
 import pathlib
 import re
@@ -270,6 +271,56 @@ def test_too_few_descriptors_for_the_workers_is_one_clear_line(listen: str, tmp_
     assert done.returncode == 2
     assert re.fullmatch(r"proxy: error: (listen|workers 24) .*Too many open files; allow more .*\n", done.stderr)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("descriptors", range(8, 22))
+def test_whoever_is_told_of_a_start_is_served(descriptors: int, upstream: Upstream) -> None:
+    """At the edge of too few descriptors either the start fails, or it is announced and every worker lives."""
+    command = [
+        *("prlimit", f"--nofile={descriptors}:{descriptors}", sys.executable, "-m", "proxy", "--workers=2"),
+        *("--listen", "127.0.0.1:0", "--upstream", upstream.url, "--drain-timeout", "0"),
+    ]
+    process = subprocess.Popen(command, cwd=harness.ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    with process.stderr:
+        line = process.stderr.readline()
+        if line.startswith("{"):
+            time.sleep(0.3)  # in which a worker that can't live would say so
+            process.terminate()
+        said = line + process.stderr.read()
+    status = process.wait(10)
+    if line.startswith("{"):
+        assert [json.loads(each)["event"] for each in said.splitlines()] == [
+            *("server.start", "server.drain", "server.stop")
+        ]
+        assert status == 0
+    elif line.startswith("proxy: error: "):
+        assert re.fullmatch(r"proxy: error: .*Too many open files.*\n", said)
+        assert status == 2
+    else:
+        assert "Too many open files" in said  # with so few that Python can't load the program
+        assert status != 0
+
+
+def test_a_worker_that_cannot_serve_ends_the_start(tmp_path: pathlib.Path) -> None:
+    """Nobody is told of a start, and the workers that could serve end with the others."""
+    code = (
+        "import errno, os, sys, proxy.cli, proxy.workers\n"
+        "make = proxy.workers.make_worker\n"
+        "def fail_second(settings, log, tally, *rest):\n"
+        "    if os.path.exists(sys.argv[1]):\n"
+        "        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))\n"
+        "    open(sys.argv[1], 'w').close()\n"
+        "    return make(settings, log, tally, *rest)\n"
+        "proxy.workers.make_worker = fail_second\n"
+        "sys.exit(proxy.cli.main(['--workers', '2', '--listen', '127.0.0.1:0', '--upstream', 'http://127.0.0.1:9']))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "one")]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"proxy: error: workers 2 \(flag\): 1 can't serve: Too many open files; allow more .*\n", done.stderr
+    )
 
 
 def _owner(pids: list[int], wire: Wire) -> int:
