@@ -3128,6 +3128,9 @@ def classify(error: BaseException, operation: Operation | None = None) -> Cause:
 
     Returns: the cause; INTERNAL for what no socket call raises.
     """
+    if isinstance(error, ConnectionRefusedError) and operation not in (None, Operation.CONNECT):
+        # On a connection that stood: a router or the peer's firewall says that nobody is there any more.
+        return Cause.DEAD_PEER
     for kind, cause in _CAUSE_BY_TYPE:
         if isinstance(error, kind):
             return cause
@@ -4393,6 +4396,8 @@ class Waiter:
     def _check_watches(self, now: float) -> float:
         """Returns: when the next limit runs out. Raises: Abort if one has."""
         due = now + 3600.0
+        ended_at = now
+        ended: tuple[TimedWatch, Limit, float] | None = None
         for timed in self.watches:
             watch = timed.watch
             at = watch.due_at()
@@ -4403,20 +4408,26 @@ class Waiter:
                 at = min(at, self._acknowledged(timed, watch, watch.timeout, now))
             expired = watch.expired(now)
             if expired is not None:
-                limit, elapsed_s = expired
-                raise Abort(
-                    timed.side,
-                    self.phase_of(timed.side, timed.operation),
-                    timed.operation,
-                    Cause.TIMEOUT if limit is watch.timeout else Cause.DEADLINE,
-                    limit=limit,
-                    elapsed_s=elapsed_s,
-                    # Without a body the phase alone does not tell that upstream has not taken the request.
-                    error_type="connection_write_timeout"
-                    if timed.side is Side.UPSTREAM and timed.operation is Operation.WRITE
-                    else None,
-                )
+                # Of several that a machine which stood still finds expired, the first to run out decides.
+                ran_out_at = now - expired[1] + expired[0].seconds
+                if ended is None or ran_out_at < ended_at:
+                    ended_at = ran_out_at
+                    ended = timed, *expired
             due = min(due, at)
+        if ended is not None:
+            timed, limit, elapsed_s = ended
+            raise Abort(
+                timed.side,
+                self.phase_of(timed.side, timed.operation),
+                timed.operation,
+                Cause.TIMEOUT if limit is timed.watch.timeout else Cause.DEADLINE,
+                limit=limit,
+                elapsed_s=elapsed_s,
+                # Without a body the phase alone does not tell that upstream has not taken the request.
+                error_type="connection_write_timeout"
+                if timed.side is Side.UPSTREAM and timed.operation is Operation.WRITE
+                else None,
+            )
         return due
 
     def _acknowledged(self, timed: TimedWatch, watch: Watch, timeout: Limit, now: float) -> float:
@@ -5025,6 +5036,8 @@ class Relay:
                 octets = client.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
+            if not client.can_splice:
+                self._see_part_of_record(self.client_read_watch, now)
             return  # nothing to read after all: poll says when
         except OSError as error:
             if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
@@ -5115,6 +5128,8 @@ class Relay:
                 octets = upstream.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
+            if not upstream.can_splice:
+                self._see_part_of_record(self.upstream_read_watch, now)
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
             if self.broken is not None:
@@ -5137,11 +5152,21 @@ class Relay:
             self._take_response_octets(octets, count)
             self._flush_response(now)
 
+    def _see_part_of_record(self, watch: Watch | None, now: float) -> None:
+        """Under TLS octets may have come that are no whole record yet: over a slow link that is all the progress."""
+        for each in (watch, self.tunnel_watch):
+            if each is not None:
+                each.progress(now)
+
     def _response_source_ended(self, now: float) -> None:
         """Upstream's side has come to its end: the end of a body framed by it, a half-close in a tunnel, or the end
         of too little.
         """
         response = self.response
+        if self.broken is not None and isinstance(self.broken.original, ConnectionResetError):
+            # The write has taken the kernel's notice of the reset, and a read then shows an end that upstream never
+            # sent. (A reset behind a FIN is EPIPE: that end was one.)
+            raise self.broken from self.broken.original
         if self.response_head is not None and response.framing.ends_with_connection:
             response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False
@@ -6069,6 +6094,8 @@ _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE
 # the record is written.
 _SETTLE_S = 2.0
 _SETTLE_MIN = 64 * 1024
+# The kernel's probes take peer_dead_timeout, rounded to seconds: its verdict within this part of it has another reason.
+_PROBES_TAKE = 0.75
 # Lingering: a client that still sends is read for so long, and so much, that it gets to see the answer (RFC 9112 §9.6).
 _LINGER_S = 10.0
 _LINGER_IDLE_S = 2.0
@@ -6738,6 +6765,14 @@ class ClientConnection:
             evidence = record.client_evidence if abort.side is Side.CLIENT else record.upstream_evidence
             heard_s = evidence["last_ack_s"] if evidence is not None else None
             abort.elapsed_s = heard_s if isinstance(heard_s, float) else None
+            limit = abort.limit
+            if (
+                isinstance(limit, Limit)
+                and limit.name == "peer_dead_timeout"
+                and abort.elapsed_s is not None
+                and abort.elapsed_s < limit.seconds * _PROBES_TAKE
+            ):
+                abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
         if (
             connection is not None
             and connection.endpoint is None
@@ -6769,11 +6804,17 @@ class ClientConnection:
         hung_up = False
         while unacknowledged_bytes(sock):
             now = time.monotonic()
-            if now >= until or self.worker.control.draining:
+            control = self.worker.control
+            if now >= until or control.ending or (control.draining and now >= control.drain_until):
                 return
             # A hang-up is no failure: both sides have ended what they write, and the queue still drains. It would end
             # each wait at once, so the client is not polled for after it.
-            ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+            try:
+                ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+            except Abort as abort:
+                if abort.cause is Cause.SHUTDOWN:
+                    return  # all was written; that its delivery is no longer awaited makes no abort of it
+                raise
             hung_up = hung_up or bool(ready & FAILED)
             if hung_up:
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -6782,7 +6823,7 @@ class ClientConnection:
                     return  # it has taken all, and was reset only then
                 if number or (info is not None and info.state == "CLOSED"):
                     error = OSError(number, os.strerror(number)) if number else None
-                    cause = classify(error) if error is not None else Cause.RESET
+                    cause = classify(error, Operation.WRITE) if error is not None else Cause.RESET
                     raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)
             pause_s = min(pause_s * 2, 0.05)
 
@@ -7231,6 +7272,8 @@ _BACKLOG = 4096
 _CELL_BYTES = 8
 _SLOT_BYTES = len(Tally.NAMES) * _CELL_BYTES
 _DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
+# What a worker reports when it accepts connections; anything else is why it can't.
+_SERVES = b"\0"
 _SWEEP_EVERY_S = 5.0
 _DRAIN_POLL_S = 0.02
 # A worker that dies right after its start is not started again at once.
@@ -7377,8 +7420,8 @@ class WorkerProcess:
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 
-    def run(self) -> None:
-        """Serve until told to stop and all is done."""
+    def run(self, report_to: int | None) -> None:
+        """Serve until told to stop and all is done. ``report_to`` is told once, when connections are accepted."""
         pin_to_core(self.index)
         # What exists now lives as long as the process; the collector need not look at it again.
         gc.collect()
@@ -7386,6 +7429,9 @@ class WorkerProcess:
         gc.set_threshold(20_000, 20, 50)
         self.log.capture_library_logs()
         self.server.serve_forever()
+        if report_to is not None:
+            os.write(report_to, _SERVES)
+            os.close(report_to)
         poller = select.poll()
         poller.register(self.control_fd, select.POLLIN)
         while not self._finished():
@@ -7549,15 +7595,14 @@ class Supervisor:
         for number in self._SIGNALS:
             signal.signal(number, _ignore_here)
         began_at = time.monotonic()
-        for index in range(self.settings.workers):
-            try:
-                self._start(index)
-            except OSError as error:
-                self._tell(_END)
-                raise ConfigError(
-                    f"workers {self.settings.workers} ({self.settings.sources['workers']}): number {index + 1}"
-                    f" can't be started: {error.strerror}; {_MORE_ROOM}"
-                ) from error
+        try:
+            self._start_all()
+        except OSError as error:
+            self._tell(_END)
+            raise ConfigError(
+                f"workers {self.settings.workers} ({self.settings.sources['workers']}): number {len(self.pids) + 1}"
+                f" can't be started: {error.strerror}; {_MORE_ROOM}"
+            ) from error
         workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
         self.log.event(
             "info",
@@ -7591,6 +7636,28 @@ class Supervisor:
                     self._start_again(index)
         return self._report(began_at)
 
+    def _start_all(self) -> None:
+        """Start every worker, and wait until all of them serve.
+
+        Raises: OSError where one can't be started, ConfigError where one can't serve.
+        """
+        reports, report_to = os.pipe()
+        with open(reports, "rb") as file:
+            try:
+                for index in range(self.settings.workers):
+                    self._start(index, (reports, report_to))
+            finally:
+                os.close(report_to)
+                said = file.read()  # to its end: each worker has closed its copy, or has died
+        missing = self.settings.workers - said.count(_SERVES)
+        if missing:
+            self._tell(_END)
+            why = said.replace(_SERVES, b"").decode("utf-8", "replace") or "killed at its start"
+            raise ConfigError(
+                f"workers {self.settings.workers} ({self.settings.sources['workers']}): {missing} can't serve: {why};"
+                f" {_MORE_ROOM}"
+            )
+
     def _start_again(self, index: int) -> None:
         try:
             self._start(index)
@@ -7605,8 +7672,11 @@ class Supervisor:
                 exception=describe_exception(error),
             )
 
-    def _start(self, index: int) -> None:
-        """Start a worker. Raises: OSError where files or processes run out."""
+    def _start(self, index: int, reports: tuple[int, int] | None = None) -> None:
+        """Start a worker. ``reports`` are both ends of the pipe for what comes of it, at the start of all.
+
+        Raises: OSError where files or processes run out.
+        """
         read_end, write_end = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -7621,8 +7691,12 @@ class Supervisor:
             raise
         if pid == 0:
             status = 1
+            report_to = None
             try:
                 os.close(write_end)
+                if reports is not None:
+                    os.close(reports[0])
+                    report_to = reports[1]
                 for fd in self.wake:
                     os.close(fd)
                 for other in self.pipes.values():
@@ -7632,7 +7706,16 @@ class Supervisor:
                     signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
                 listener = self.listeners[index % len(self.listeners)]
-                WorkerProcess(index, self.settings, self.log, listener, self.counts, self.contexts, read_end).run()
+                try:
+                    worker = WorkerProcess(
+                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end
+                    )
+                except OSError as error:
+                    if report_to is None:
+                        raise
+                    os.write(report_to, (error.strerror or str(error)).encode("utf-8", "replace"))
+                    return  # by way of finally
+                worker.run(report_to)
                 status = 0
             except BaseException as error:  # noqa: BLE001  # a worker that can't run says why before it is gone
                 self.log.event(

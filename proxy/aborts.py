@@ -80,6 +80,9 @@ def classify(error: BaseException, operation: Operation | None = None) -> Cause:
 
     Returns: the cause; INTERNAL for what no socket call raises.
     """
+    if isinstance(error, ConnectionRefusedError) and operation not in (None, Operation.CONNECT):
+        # On a connection that stood: a router or the peer's firewall says that nobody is there any more.
+        return Cause.DEAD_PEER
     for kind, cause in _CAUSE_BY_TYPE:
         if isinstance(error, kind):
             return cause

@@ -50,6 +50,8 @@ _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE
 # the record is written.
 _SETTLE_S = 2.0
 _SETTLE_MIN = 64 * 1024
+# The kernel's probes take peer_dead_timeout, rounded to seconds: its verdict within this part of it has another reason.
+_PROBES_TAKE = 0.75
 # Lingering: a client that still sends is read for so long, and so much, that it gets to see the answer (RFC 9112 §9.6).
 _LINGER_S = 10.0
 _LINGER_IDLE_S = 2.0
@@ -719,6 +721,14 @@ class ClientConnection:
             evidence = record.client_evidence if abort.side is Side.CLIENT else record.upstream_evidence
             heard_s = evidence["last_ack_s"] if evidence is not None else None
             abort.elapsed_s = heard_s if isinstance(heard_s, float) else None
+            limit = abort.limit
+            if (
+                isinstance(limit, Limit)
+                and limit.name == "peer_dead_timeout"
+                and abort.elapsed_s is not None
+                and abort.elapsed_s < limit.seconds * _PROBES_TAKE
+            ):
+                abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
         if (
             connection is not None
             and connection.endpoint is None
@@ -750,11 +760,17 @@ class ClientConnection:
         hung_up = False
         while unacknowledged_bytes(sock):
             now = time.monotonic()
-            if now >= until or self.worker.control.draining:
+            control = self.worker.control
+            if now >= until or control.ending or (control.draining and now >= control.drain_until):
                 return
             # A hang-up is no failure: both sides have ended what they write, and the queue still drains. It would end
             # each wait at once, so the client is not polled for after it.
-            ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+            try:
+                ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+            except Abort as abort:
+                if abort.cause is Cause.SHUTDOWN:
+                    return  # all was written; that its delivery is no longer awaited makes no abort of it
+                raise
             hung_up = hung_up or bool(ready & FAILED)
             if hung_up:
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -763,7 +779,7 @@ class ClientConnection:
                     return  # it has taken all, and was reset only then
                 if number or (info is not None and info.state == "CLOSED"):
                     error = OSError(number, os.strerror(number)) if number else None
-                    cause = classify(error) if error is not None else Cause.RESET
+                    cause = classify(error, Operation.WRITE) if error is not None else Cause.RESET
                     raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)
             pause_s = min(pause_s * 2, 0.05)
 

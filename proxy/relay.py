@@ -569,6 +569,8 @@ class Relay:
                 octets = client.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
+            if not client.can_splice:
+                self._see_part_of_record(self.client_read_watch, now)
             return  # nothing to read after all: poll says when
         except OSError as error:
             if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
@@ -659,6 +661,8 @@ class Relay:
                 octets = upstream.read(_FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
+            if not upstream.can_splice:
+                self._see_part_of_record(self.upstream_read_watch, now)
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
             if self.broken is not None:
@@ -681,11 +685,21 @@ class Relay:
             self._take_response_octets(octets, count)
             self._flush_response(now)
 
+    def _see_part_of_record(self, watch: Watch | None, now: float) -> None:
+        """Under TLS octets may have come that are no whole record yet: over a slow link that is all the progress."""
+        for each in (watch, self.tunnel_watch):
+            if each is not None:
+                each.progress(now)
+
     def _response_source_ended(self, now: float) -> None:
         """Upstream's side has come to its end: the end of a body framed by it, a half-close in a tunnel, or the end
         of too little.
         """
         response = self.response
+        if self.broken is not None and isinstance(self.broken.original, ConnectionResetError):
+            # The write has taken the kernel's notice of the reset, and a read then shows an end that upstream never
+            # sent. (A reset behind a FIN is EPIPE: that end was one.)
+            raise self.broken from self.broken.original
         if self.response_head is not None and response.framing.ends_with_connection:
             response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False

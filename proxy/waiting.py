@@ -210,6 +210,8 @@ class Waiter:
     def _check_watches(self, now: float) -> float:
         """Returns: when the next limit runs out. Raises: Abort if one has."""
         due = now + 3600.0
+        ended_at = now
+        ended: tuple[TimedWatch, Limit, float] | None = None
         for timed in self.watches:
             watch = timed.watch
             at = watch.due_at()
@@ -220,20 +222,26 @@ class Waiter:
                 at = min(at, self._acknowledged(timed, watch, watch.timeout, now))
             expired = watch.expired(now)
             if expired is not None:
-                limit, elapsed_s = expired
-                raise Abort(
-                    timed.side,
-                    self.phase_of(timed.side, timed.operation),
-                    timed.operation,
-                    Cause.TIMEOUT if limit is watch.timeout else Cause.DEADLINE,
-                    limit=limit,
-                    elapsed_s=elapsed_s,
-                    # Without a body the phase alone does not tell that upstream has not taken the request.
-                    error_type="connection_write_timeout"
-                    if timed.side is Side.UPSTREAM and timed.operation is Operation.WRITE
-                    else None,
-                )
+                # Of several that a machine which stood still finds expired, the first to run out decides.
+                ran_out_at = now - expired[1] + expired[0].seconds
+                if ended is None or ran_out_at < ended_at:
+                    ended_at = ran_out_at
+                    ended = timed, *expired
             due = min(due, at)
+        if ended is not None:
+            timed, limit, elapsed_s = ended
+            raise Abort(
+                timed.side,
+                self.phase_of(timed.side, timed.operation),
+                timed.operation,
+                Cause.TIMEOUT if limit is timed.watch.timeout else Cause.DEADLINE,
+                limit=limit,
+                elapsed_s=elapsed_s,
+                # Without a body the phase alone does not tell that upstream has not taken the request.
+                error_type="connection_write_timeout"
+                if timed.side is Side.UPSTREAM and timed.operation is Operation.WRITE
+                else None,
+            )
         return due
 
     def _acknowledged(self, timed: TimedWatch, watch: Watch, timeout: Limit, now: float) -> float:

@@ -77,6 +77,14 @@ def test_no_route_means_dead_on_a_connection_that_stood(number: int) -> None:
     assert classify(error, Operation.WRITE) is Cause.DEAD_PEER
 
 
+def test_a_refusal_on_a_connection_that_stood_means_dead() -> None:
+    """What a firewall answers that has begun to reject."""
+    error = ConnectionRefusedError(errno.ECONNREFUSED, "x")
+    assert classify(error, Operation.CONNECT) is Cause.REFUSED
+    for operation in (Operation.READ, Operation.WRITE, Operation.HANDSHAKE):
+        assert classify(error, operation) is Cause.DEAD_PEER
+
+
 def test_out_of_files_is_the_proxys_own_doing() -> None:
     abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, OSError(errno.EMFILE, "x"))
     assert (abort.side, abort.status, abort.error_type) == (Side.PROXY, 503, "proxy_internal_error")

@@ -623,3 +623,94 @@ def test_a_name_that_does_not_resolve() -> None:
         record = _record(proxy)
         assert (record["side"], record["phase"], record["cause"]) == ("upstream", "connect", "dns")
         assert record["exception"]["errno"] in ("EAI_NONAME", "EAI_AGAIN")
+
+
+# -- what a stranger found --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_head", "head", "phase"),
+    [
+        (UPGRADE, SWITCHED, "tunnel"),
+        (
+            b"POST /exec/1/start HTTP/1.1\r\nHost: t\r\nContent-Length: 0\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.raw-stream\r\n\r\n",
+            "tunnel",
+        ),
+        (
+            b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 1000000000\r\n\r\n",
+            b"HTTP/1.1 200 OK\r\n\r\n",
+            "request_body",
+        ),
+    ],
+    ids=["101", "raw", "early"],
+)
+def test_a_reset_that_a_write_meets_is_no_end_of_the_response(request_head: bytes, head: bytes, phase: str) -> None:
+    """The kernel tells of a reset once: after a write was told, a read shows an end."""
+    filled = threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(head)
+        assert filled.wait(10)
+        wire.reset()
+
+    with Upstream(script) as upstream, ProxyProcess(upstream.url) as proxy, connect(proxy.address) as wire:
+        wire.send(request_head)
+        assert b" 101 " in (answer := wire.read_head()) or b" 200 " in answer
+        wire.fill()
+        filled.set()
+        wire.read_to_end()
+        assert wire.end == "reset"  # a FIN would look like the end of the response
+        record = _record(proxy)
+        assert (record["event"], record["side"], record["phase"], record["cause"]) == (
+            *("request.abort", "upstream"),
+            *(phase, "reset"),
+        )
+
+
+def _send_in_pieces(wire: Wire, octets: bytes) -> None:
+    """Send one TLS record so slowly that no timeout of a second lasts until it is whole."""
+    assert isinstance(wire, peers.TlsWire)
+    wire.tls.write(octets)
+    record = wire._outgoing.read()
+    wire.sent.add(octets)
+    for start in range(0, len(record), 2000):
+        wire.sock.sendall(record[start : start + 2000])
+        time.sleep(0.25)
+
+
+def test_a_part_of_a_tls_record_is_progress(certificates: Certificates) -> None:
+    """On a slow link a record takes longer than the timeout, and its octets move all the time."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 16000\r\n\r\n")
+        _send_in_pieces(wire, bytes(16000))
+
+    options = ("--client-read-timeout", "1", "--upstream-read-timeout", "1")
+    with (
+        _scene(certificates, script, *options, client_tls=True, upstream_tls=True) as (_, proxy),
+        connect(proxy.address, certificates.client_context()) as wire,
+    ):
+        wire.send(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 16000\r\n\r\n")
+        _send_in_pieces(wire, bytes(16000))
+        assert wire.read_response().body == bytes(16000)
+        assert _record(proxy)["event"] == "request.complete"
+
+
+def test_of_limits_that_a_machine_which_stood_still_finds_expired_the_first_decides() -> None:
+    limits = ("--client-write-deadline", "2", "--upstream-head-timeout", "1")
+    with (
+        Upstream(peers.silent) as upstream,
+        ProxyProcess(upstream.url, *limits) as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.get()
+        upstream.await_head()
+        (worker,) = proxy.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        time.sleep(2.5)
+        os.kill(worker, signal.SIGCONT)
+        assert wire.read_response().status == 504
+        assert _record(proxy)["limit"]["name"] == "upstream_head_timeout"

@@ -6,6 +6,7 @@ The proxy runs in one network namespace, the peer in another, on a link that dro
 import collections.abc
 import contextlib
 import dataclasses
+import pathlib
 import signal
 import time
 
@@ -299,6 +300,22 @@ def test_the_user_timeout_ends_a_client_that_vanished_sooner(network: netns.Netw
         assert record["limit"]["name"] == "tcp_user_timeout"
         assert 0.3 <= record["limit"]["elapsed_s"] < 3.0
         assert record["exception"]["errno"] == "ETIMEDOUT"
+
+
+def test_the_kernels_own_verdict_is_no_option_of_ours() -> None:
+    """Where the kernel counts few retransmissions it gives a peer up long before ``--peer-dead-timeout``."""
+    with netns.Network() as network:
+        with netns.inside(network.here):
+            pathlib.Path("/proc/sys/net/ipv4/tcp_retries2").write_text("3")
+        with _scene(network, peers.flood(LONG), far="client") as scene:
+            scene.wire.get()
+            scene.wire.read_exactly(100_000)
+            network.drop()
+            record = scene.abort(20.0)
+            assert _words(record) == ("request.abort", "client", "response_body", "dead_peer")
+            assert record["exception"]["errno"] == "ETIMEDOUT"
+            assert record["limit"] is None
+            assert "peer_dead_timeout" not in record["message"]
 
 
 # -- paused -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import time
 import pytest
 
 import harness
+import peers
 from conftest import Certificates
 from harness import LogRecord, ProxyProcess, run_cli, wait_until
 from peers import Upstream, Wire, chunk, connect, ok
@@ -108,6 +109,26 @@ def test_the_drain_timeout_ends_what_still_runs(upstream: Upstream) -> None:
         proxy.await_stop(3, pids)
         record = only(proxy)
         assert (record["side"], record["cause"], record["phase"]) == ("proxy", "shutdown", "response_body")
+
+
+def test_delivery_is_awaited_in_the_drain_too() -> None:
+    """A response that the client's kernel has not taken yet is not complete while there is time."""
+    body = bytes(2_000_000)
+    with (
+        Upstream(peers.answer(ok(body))) as upstream,
+        ProxyProcess(upstream.url, "--drain-timeout", "10") as proxy,
+    ):
+        with connect(proxy.address, receive_buffer=4096) as wire:
+            wire.get()
+            wire.read_head()
+            time.sleep(0.2)  # until the proxy has written all of it into its socket, which shows nowhere
+            proxy.send_signal(signal.SIGTERM)
+            proxy.wait_for(lambda record: record["event"] == "server.drain")
+            time.sleep(0.3)
+            wire.reset()
+        proxy.await_stop(5)
+        record = only(proxy)
+        assert (record["event"], record["side"], record["cause"]) == ("request.abort", "client", "reset")
 
 
 def test_a_second_sigterm_ends_at_once(upstream: Upstream) -> None:
