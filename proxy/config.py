@@ -472,7 +472,7 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
         line = octets[: error.start].count(b"\n") + 1
         raise ConfigError(f"{where}: line {line} is not UTF-8; save the file as UTF-8") from error
     try:
-        table = tomllib.loads(text)
+        table = tomllib.loads(text, parse_float=_parse_float)
         repr(table)  # fails where an error message would: a hexadecimal number of any length is read, but not shown
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         # TOMLDecodeError says line and column.
@@ -481,7 +481,7 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     except ValueError as error:
         # What int() and repr() say of more than 4300 digits.
         raise ConfigError(f"{where}: holds a number of thousands of digits; write a shorter one") from error
-    lines = _key_lines(text)
+    lines = _key_lines(text, where)
     given: dict[str, tuple[str, str]] = {}
     for name, value in table.items():
         place = f"file:{path}:{lines[name]}"
@@ -539,17 +539,34 @@ _TOML_TYPES: dict[type, str] = {
 }
 
 
-def _key_lines(text: str) -> dict[str, int]:
+def _parse_float(text: str) -> float:
+    """Returns: the number, but never 0 for what is only too small for a float: 0 would switch a limit off."""
+    value = float(text)
+    if value == 0 and re.match("[+-]?[0_.]*[1-9]", text):
+        return math.copysign(math.ulp(0.0), value)
+    return value
+
+
+# No option takes a value as long; finding the end of one costs its length for each of its lines.
+_MOST_LINES = 50
+
+
+def _key_lines(text: str, where: str) -> dict[str, int]:
     """Find the line on which each top-level key of a valid TOML document stands, since tomllib does not tell.
 
     A statement of TOML ends with its line unless a string or array in it is still open. So the shortest run of lines
     that tomllib accepts, from where the last one ended, is one statement: no rule of quoting is repeated here.
+    Raises: ConfigError for a statement of very many lines.
     """
     lines: dict[str, int] = {}
     pending = ""
     first = 1
     in_table = False
     for number, line in enumerate(text.split("\n"), start=1):
+        if number - first >= _MOST_LINES:
+            raise ConfigError(
+                f"{where}: line {first} begins a value of more than {_MOST_LINES} lines; no option takes one: remove it"
+            )
         pending += line + "\n"
         try:
             statement = tomllib.loads(pending)

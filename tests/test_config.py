@@ -278,7 +278,7 @@ def test_the_line_of_a_key_is_true_in_any_file(keys: list[str], data: hypothesis
         text += f"{json.dumps(key, ensure_ascii=False)} = {data.draw(_VALUES)}{data.draw(_GAPS) or chr(10)}"
     text = text if data.draw(hypothesis.strategies.booleans()) else text.replace("\n", "\r\n")
     assert set(tomllib.loads(text)) == set(keys)
-    assert proxy.config._key_lines(text) == expected
+    assert proxy.config._key_lines(text, "here") == expected
 
 
 # -- files that are refused ------------------------------------------------------------------------------------------
@@ -352,6 +352,8 @@ def test_a_number_of_thousands_of_digits(text: str, tmp_path: pathlib.Path) -> N
         ("keepalive_timeout = -inf", "keepalive_timeout '-inf' ({}:1): is no number of seconds"),
         ("keepalive_timeout = -3", "keepalive_timeout '-3' ({}:1): must not be negative"),
         ("keepalive_timeout = 1e-9", "keepalive_timeout '0.000000001' ({}:1): is less than a millisecond"),
+        ("keepalive_timeout = 1e-400", "({}:1): is less than a millisecond"),
+        ("keepalive_timeout = -1e-400", "({}:1): must not be negative"),
         ("keepalive_timeout = 1e300", "({}:1): is more than the kernel can count"),
         ("listen = 8080", "listen 8080 ({}:1): is a whole number, and must be a string; write HOST:PORT"),
         ("tls_cert = 5", "tls_cert 5 ({}:1): is a whole number, and must be a string; write a path"),
@@ -364,6 +366,20 @@ def test_a_number_of_thousands_of_digits(text: str, tmp_path: pathlib.Path) -> N
 def test_what_a_file_may_not_say(text: str, problem: str, tmp_path: pathlib.Path) -> None:
     path = _file(tmp_path, text)
     assert problem.format(f"file:{path}") in _error(["--config", path])
+
+
+def test_a_value_of_thousands_of_lines_is_refused_at_once(tmp_path: pathlib.Path) -> None:
+    path = _file(tmp_path, "workers = 2\nx = [\n" + "1,\n" * 20_000 + "]\n")
+    assert "line 2 begins a value of more than 50 lines; no option" in _error(["--config", path])
+
+
+@pytest.mark.parametrize("zero", ["0.0", "0e5", "-0.0", "0.0e9"])
+def test_a_zero_of_any_spelling_switches_a_limit_off(zero: str, tmp_path: pathlib.Path) -> None:
+    path = _file(tmp_path, f"keepalive_timeout = {zero}\n")
+    if zero.startswith("-"):
+        assert "must not be negative" in _error(["--config", path])
+    else:
+        assert load_settings(["--config", path], {}).keepalive_timeout is None
 
 
 def test_numbers_of_a_file_may_be_numbers(tmp_path: pathlib.Path) -> None:
