@@ -4857,6 +4857,8 @@ class Relay:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
                     due_at = 0.0
+            elif not upstream_events:
+                upstream_events = select.POLLERR  # a tunnel that upstream has ended, but for what it still reads
             if client.unflushed:
                 client_events = max(client_events, 0) | WRITABLE
             if upstream.unflushed:
@@ -4879,6 +4881,8 @@ class Relay:
                     and (upstream_ready & (upstream.read_event | HUNG_UP) or upstream.has_unread)
                 ):
                     self._read_upstream(now)
+                if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
+                    self._break_request(self._socket_failed(upstream, Operation.WRITE))
             if client_ready or (due_at is not None and client.has_unread):
                 if response.pending and client_ready & client.write_event:
                     self._flush_response(now)
@@ -5122,6 +5126,8 @@ class Relay:
         """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
         self.broken = abort
         self.upstream_usable = False
+        if self.tunnel:
+            self.ended_at = time.monotonic()
         self._note("upstream", "stopped_reading")
 
     # -- upstream to client ------------------------------------------------------------------------
@@ -6191,6 +6197,7 @@ class ClientConnection:
         "_memory",
         "_notes",
         "_residue",
+        "began_at",
         "client",
         "connection_id",
         "lease",
@@ -6212,6 +6219,7 @@ class ClientConnection:
         self.name = name
         self.overflow = overflow
         self.connection_id = worker.next_id()
+        self.began_at = time.monotonic()
         self._notes = ConnectionNotes(self.connection_id, name, worker.pid)
         dead = settings.peer_dead_timeout
         pulse = PeerPulse(dead.seconds) if dead is not None and worker.watches_pulse else None
@@ -6268,7 +6276,11 @@ class ClientConnection:
             return False
         began_at = time.monotonic()
         try:
-            first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
+            try:
+                first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
+            except ConnectionError as error:
+                self._closed(f"{classify(error)}")  # as a health check ends: nothing had begun
+                return False
             if not first:
                 self._closed("no request")
                 return False
@@ -6310,29 +6322,17 @@ class ClientConnection:
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         self._close_mode = "linger"
-        self.client.sock.send((head + body).encode("ascii"))
+        try:
+            self.client.sock.send((head + body).encode("ascii"))
+        except OSError:
+            return  # the client has left, and what it sent is on record all the same
 
     def _connection_abort(self, abort: Abort, began_at: float) -> None:
-        evidence = socket_evidence(self.client.sock)
         duration_s = time.monotonic() - began_at
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
-        self.worker.log.event(
-            "warning",
-            "connection.abort",
-            message=f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}",
-            connection_id=self.connection_id,
-            pid=self.worker.pid,
-            client=self.name,
-            duration_s=round(duration_s, 6),
-            side=abort.side.value,
-            phase=abort.phase.value,
-            operation=abort.operation.value if abort.operation else None,
-            cause=abort.cause.value,
-            limit=describe_limit(abort),
-            error_type=abort.error_type,
-            exception=describe_exception(abort.original),
-            socket={"client": evidence, "upstream": None},
-        )
+        message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
+        evidence = socket_evidence(self.client.sock)
+        log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
 
     def _closed(self, why: str) -> None:
         if self.worker.log.threshold <= 10:
@@ -6609,6 +6609,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
+                record.upstream = record.connected_at = None
                 self._drop_lease()
                 relay.release()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
@@ -6790,13 +6791,8 @@ class ClientConnection:
                 and abort.elapsed_s < limit.seconds * _PROBES_TAKE
             ):
                 abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
-        if (
-            connection is not None
-            and connection.endpoint is None
-            and relay is not None
-            and abort.phase is not Phase.CONNECT
-        ):
-            record.upstream = connection.name or None
+        if connection is not None and connection.endpoint is None and connection.sock is not None:
+            record.upstream = connection.name or None  # in the middle of the handshake
         self._drop_lease()
         self._tell_client(record, abort)
         return abort
@@ -6995,6 +6991,37 @@ class ClientConnection:
             pause_s = min(pause_s * 2, 1.0)
 
 
+def log_connection_abort(
+    worker: Worker,
+    abort: Abort,
+    message: str,
+    connection_id: str,
+    client: str,
+    duration_s: float,
+    evidence: dict[str, object] | None,
+) -> None:
+    """Log the end of a connection on which no request had begun: the fields of a request's record that do not speak of
+    a request.
+    """
+    worker.log.event(
+        "error" if abort.cause is Cause.INTERNAL else "warning",
+        "connection.abort",
+        message=message,
+        connection_id=connection_id,
+        pid=worker.pid,
+        client=client,
+        duration_s=round(duration_s, 6),
+        side=abort.side.value,
+        phase=abort.phase.value,
+        operation=abort.operation.value if abort.operation else None,
+        cause=abort.cause.value,
+        limit=describe_limit(abort),
+        error_type=abort.error_type,
+        exception=describe_exception(abort.original),
+        socket={"client": evidence, "upstream": None},
+    )
+
+
 def _request_head_phase(side: Side, operation: Operation) -> Phase:
     return Phase.REQUEST_HEAD
 
@@ -7034,7 +7061,7 @@ Decides which thread serves a connection and how many there may be. What happens
 """
 
 
-# --- proxy/server.py, line 19 ---
+# --- proxy/server.py, line 22 ---
 
 # A thread that has nothing to do waits in accept; more than this many would only take memory.
 _MAX_IDLE_THREADS = 64
@@ -7147,7 +7174,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                         self._overflow -= 1
             else:
                 self._turn_away(request, client_address)
-        except Exception as error:  # noqa: BLE001  # a bug outside of any request: logged, and the thread lives on
+        except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
             self.handle_error(request, client_address, error)
         finally:
             tally.add(CONNECTIONS, -1)
@@ -7171,6 +7198,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.connections.add(connection)  # one operation each, which no other thread can come into
         try:
             connection.serve()
+        except Exception as error:  # noqa: BLE001  # a bug outside of any request: logged, and the thread lives on
+            self.handle_error(request, address, error, connection)
         finally:
             self.connections.discard(connection)
 
@@ -7182,35 +7211,31 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             return True
 
     def _turn_away(self, request: socket.socket, address: typing.Any) -> None:
+        evidence = socket_evidence(request)
         request.close()
         limit = self.worker.settings.max_connections
         name, _ = self._name(address)
-        self.worker.log.event(
-            "warning",
-            "connection.abort",
-            message=f"{limit} closed a connection of client {name} unread: too many others wait for their 503",
-            client=name,
-            pid=self.worker.pid,
-            side="proxy",
-            cause="limit",
-            limit={"name": limit.name, "value": limit.value, "source": limit.source},
-        )
+        message = f"{limit} closed a connection of client {name} unread: too many others wait for their 503"
+        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.LIMIT, limit=limit)
+        log_connection_abort(self.worker, abort, message, self.worker.next_id(), name, 0.0, evidence)
 
-    def handle_error(self, request: typing.Any, client_address: typing.Any, error: Exception | None = None) -> None:
+    def handle_error(
+        self,
+        request: typing.Any,
+        client_address: typing.Any,
+        error: Exception | None = None,
+        connection: ClientConnection | None = None,
+    ) -> None:
         """A bug outside of any request is one ``connection.abort``, with the connection closed."""
-        if request is not None:
-            request.close()
+        evidence = socket_evidence(request)
+        request.close()
         what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
-        self.worker.log.event(
-            "error",
-            "connection.abort",
-            message=f"a bug in the proxy ended a connection: {what}",
-            client=self._name(client_address)[0],
-            pid=self.worker.pid,
-            side="proxy",
-            cause="internal",
-            exception=describe_exception(error),
-        )
+        message = f"a bug in the proxy ended a connection: {what}"
+        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.INTERNAL, original=error)
+        client_id = connection.connection_id if connection is not None else self.worker.next_id()
+        duration_s = time.monotonic() - connection.began_at if connection is not None else 0.0
+        name, _ = self._name(client_address)
+        log_connection_abort(self.worker, abort, message, client_id, name, duration_s, evidence)
 
     def _complain(self, what: str, error: BaseException) -> None:
         """Log that resources run out, at most once a second."""

@@ -130,6 +130,7 @@ class ClientConnection:
         "_memory",
         "_notes",
         "_residue",
+        "began_at",
         "client",
         "connection_id",
         "lease",
@@ -151,6 +152,7 @@ class ClientConnection:
         self.name = name
         self.overflow = overflow
         self.connection_id = worker.next_id()
+        self.began_at = time.monotonic()
         self._notes = ConnectionNotes(self.connection_id, name, worker.pid)
         dead = settings.peer_dead_timeout
         pulse = PeerPulse(dead.seconds) if dead is not None and worker.watches_pulse else None
@@ -207,7 +209,11 @@ class ClientConnection:
             return False
         began_at = time.monotonic()
         try:
-            first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
+            try:
+                first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
+            except ConnectionError as error:
+                self._closed(f"{classify(error)}")  # as a health check ends: nothing had begun
+                return False
             if not first:
                 self._closed("no request")
                 return False
@@ -249,29 +255,17 @@ class ClientConnection:
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         self._close_mode = "linger"
-        self.client.sock.send((head + body).encode("ascii"))
+        try:
+            self.client.sock.send((head + body).encode("ascii"))
+        except OSError:
+            return  # the client has left, and what it sent is on record all the same
 
     def _connection_abort(self, abort: Abort, began_at: float) -> None:
-        evidence = socket_evidence(self.client.sock)
         duration_s = time.monotonic() - began_at
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
-        self.worker.log.event(
-            "warning",
-            "connection.abort",
-            message=f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}",
-            connection_id=self.connection_id,
-            pid=self.worker.pid,
-            client=self.name,
-            duration_s=round(duration_s, 6),
-            side=abort.side.value,
-            phase=abort.phase.value,
-            operation=abort.operation.value if abort.operation else None,
-            cause=abort.cause.value,
-            limit=describe_limit(abort),
-            error_type=abort.error_type,
-            exception=describe_exception(abort.original),
-            socket={"client": evidence, "upstream": None},
-        )
+        message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
+        evidence = socket_evidence(self.client.sock)
+        log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
 
     def _closed(self, why: str) -> None:
         if self.worker.log.threshold <= 10:
@@ -548,6 +542,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
+                record.upstream = record.connected_at = None
                 self._drop_lease()
                 relay.release()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
@@ -729,13 +724,8 @@ class ClientConnection:
                 and abort.elapsed_s < limit.seconds * _PROBES_TAKE
             ):
                 abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
-        if (
-            connection is not None
-            and connection.endpoint is None
-            and relay is not None
-            and abort.phase is not Phase.CONNECT
-        ):
-            record.upstream = connection.name or None
+        if connection is not None and connection.endpoint is None and connection.sock is not None:
+            record.upstream = connection.name or None  # in the middle of the handshake
         self._drop_lease()
         self._tell_client(record, abort)
         return abort
@@ -932,6 +922,37 @@ class ClientConnection:
             ):
                 return
             pause_s = min(pause_s * 2, 1.0)
+
+
+def log_connection_abort(
+    worker: Worker,
+    abort: Abort,
+    message: str,
+    connection_id: str,
+    client: str,
+    duration_s: float,
+    evidence: dict[str, object] | None,
+) -> None:
+    """Log the end of a connection on which no request had begun: the fields of a request's record that do not speak of
+    a request.
+    """
+    worker.log.event(
+        "error" if abort.cause is Cause.INTERNAL else "warning",
+        "connection.abort",
+        message=message,
+        connection_id=connection_id,
+        pid=worker.pid,
+        client=client,
+        duration_s=round(duration_s, 6),
+        side=abort.side.value,
+        phase=abort.phase.value,
+        operation=abort.operation.value if abort.operation else None,
+        cause=abort.cause.value,
+        limit=describe_limit(abort),
+        error_type=abort.error_type,
+        exception=describe_exception(abort.original),
+        socket={"client": evidence, "upstream": None},
+    )
 
 
 def _request_head_phase(side: Side, operation: Operation) -> Phase:

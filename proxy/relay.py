@@ -373,6 +373,8 @@ class Relay:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
                     due_at = 0.0
+            elif not upstream_events:
+                upstream_events = select.POLLERR  # a tunnel that upstream has ended, but for what it still reads
             if client.unflushed:
                 client_events = max(client_events, 0) | WRITABLE
             if upstream.unflushed:
@@ -395,6 +397,8 @@ class Relay:
                     and (upstream_ready & (upstream.read_event | HUNG_UP) or upstream.has_unread)
                 ):
                     self._read_upstream(now)
+                if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
+                    self._break_request(self._socket_failed(upstream, Operation.WRITE))
             if client_ready or (due_at is not None and client.has_unread):
                 if response.pending and client_ready & client.write_event:
                     self._flush_response(now)
@@ -638,6 +642,8 @@ class Relay:
         """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
         self.broken = abort
         self.upstream_usable = False
+        if self.tunnel:
+            self.ended_at = time.monotonic()
         self._note("upstream", "stopped_reading")
 
     # -- upstream to client ------------------------------------------------------------------------

@@ -13,8 +13,11 @@ import threading
 import time
 import typing
 
-from .exchange import ClientConnection, Worker
+from .aborts import Abort
+from .exchange import ClientConnection, Worker, log_connection_abort
+from .kernel import socket_evidence
 from .record import CONNECTIONS, describe_exception, printable
+from .vocabulary import Cause, Phase, Side
 
 # A thread that has nothing to do waits in accept; more than this many would only take memory.
 _MAX_IDLE_THREADS = 64
@@ -127,7 +130,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                         self._overflow -= 1
             else:
                 self._turn_away(request, client_address)
-        except Exception as error:  # noqa: BLE001  # a bug outside of any request: logged, and the thread lives on
+        except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
             self.handle_error(request, client_address, error)
         finally:
             tally.add(CONNECTIONS, -1)
@@ -151,6 +154,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.connections.add(connection)  # one operation each, which no other thread can come into
         try:
             connection.serve()
+        except Exception as error:  # noqa: BLE001  # a bug outside of any request: logged, and the thread lives on
+            self.handle_error(request, address, error, connection)
         finally:
             self.connections.discard(connection)
 
@@ -162,35 +167,31 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             return True
 
     def _turn_away(self, request: socket.socket, address: typing.Any) -> None:
+        evidence = socket_evidence(request)
         request.close()
         limit = self.worker.settings.max_connections
         name, _ = self._name(address)
-        self.worker.log.event(
-            "warning",
-            "connection.abort",
-            message=f"{limit} closed a connection of client {name} unread: too many others wait for their 503",
-            client=name,
-            pid=self.worker.pid,
-            side="proxy",
-            cause="limit",
-            limit={"name": limit.name, "value": limit.value, "source": limit.source},
-        )
+        message = f"{limit} closed a connection of client {name} unread: too many others wait for their 503"
+        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.LIMIT, limit=limit)
+        log_connection_abort(self.worker, abort, message, self.worker.next_id(), name, 0.0, evidence)
 
-    def handle_error(self, request: typing.Any, client_address: typing.Any, error: Exception | None = None) -> None:
+    def handle_error(
+        self,
+        request: typing.Any,
+        client_address: typing.Any,
+        error: Exception | None = None,
+        connection: ClientConnection | None = None,
+    ) -> None:
         """A bug outside of any request is one ``connection.abort``, with the connection closed."""
-        if request is not None:
-            request.close()
+        evidence = socket_evidence(request)
+        request.close()
         what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
-        self.worker.log.event(
-            "error",
-            "connection.abort",
-            message=f"a bug in the proxy ended a connection: {what}",
-            client=self._name(client_address)[0],
-            pid=self.worker.pid,
-            side="proxy",
-            cause="internal",
-            exception=describe_exception(error),
-        )
+        message = f"a bug in the proxy ended a connection: {what}"
+        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.INTERNAL, original=error)
+        client_id = connection.connection_id if connection is not None else self.worker.next_id()
+        duration_s = time.monotonic() - connection.began_at if connection is not None else 0.0
+        name, _ = self._name(client_address)
+        log_connection_abort(self.worker, abort, message, client_id, name, duration_s, evidence)
 
     def _complain(self, what: str, error: BaseException) -> None:
         """Log that resources run out, at most once a second."""

@@ -378,6 +378,9 @@ def test_upstream_is_gone_between_two_requests() -> None:
         assert (record["side"], record["phase"], record["cause"]) == ("upstream", "connect", "refused")
         assert record["status"] == 502
         assert not record.get("notes")
+        # Both speak of the attempt that decided.
+        assert record["upstream"] is None
+        assert record["timing_s"]["connected"] is None
 
 
 @pytest.mark.parametrize("end", ["reset", "cut"])
@@ -667,6 +670,39 @@ def test_a_reset_that_a_write_meets_is_no_end_of_the_response(request_head: byte
             *("request.abort", "upstream"),
             *(phase, "reset"),
         )
+
+
+@pytest.mark.parametrize("transport", ["tcp", "unix", "tls"])
+def test_an_upstream_that_goes_after_its_half_close_ends_the_tunnel(transport: str, certificates: Certificates) -> None:
+    """The client is silent: that nobody reads any more must be seen without it, and at once."""
+    gone_at = []
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(SWITCHED + b"bye")
+        wire.end_write()
+        time.sleep(0.3)
+        gone_at.append(time.monotonic())
+        if transport == "unix":
+            wire.close()
+        else:
+            wire.reset()
+
+    options = ("--upstream-ca", certificates.ca) if transport == "tls" else ()
+    context = certificates.server_context() if transport == "tls" else None
+    with (
+        Upstream(script, transport, tls=context) as upstream,
+        ProxyProcess(upstream.url, *options) as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.send(UPGRADE)
+        wire.read_head()
+        assert wire.read_to_end() == b"bye"
+        assert wire.end == "fin"
+        record = _record(proxy)
+        assert time.monotonic() - gone_at[0] < 2
+        assert record["event"] == "request.complete"
+        assert 0.25 < record["duration_s"] < 2
 
 
 def _send_in_pieces(wire: Wire, octets: bytes) -> None:

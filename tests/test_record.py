@@ -349,8 +349,11 @@ def test_a_bug_after_the_record_is_an_event_of_its_own(fault: str, faulty: Fault
     before = len(faulty.proxy.records())
     faulty.fail("drop", fault)
     found = faulty.proxy.wait_for(lambda record: record["event"] == "connection.abort", since=before)
-    assert (found["side"], found["cause"]) == ("proxy", "internal")
+    assert (found["level"], found["side"], found["cause"]) == ("error", "proxy", "internal")
     assert fault in found["message"]
+    assert fault in found["exception"]["text"]
+    assert found["connection_id"] in {record["connection_id"] for record in faulty.proxy.requests()}
+    assert found["duration_s"] > 0
 
 
 def test_a_bug_in_housekeeping_does_not_end_a_worker(tmp_path: pathlib.Path) -> None:

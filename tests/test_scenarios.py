@@ -1318,6 +1318,28 @@ def test_a_handshake_that_fails_is_a_connection_and_no_request(certificates: Cer
     assert stop["requests"]["begun"] == 0
 
 
+def test_a_health_check_of_a_tls_port_is_no_failure(certificates: Certificates) -> None:
+    """Many of them reset the connection once it stands; nothing had begun."""
+    tls = ("--tls-cert", certificates.server, "--tls-key", certificates.server, "--log-level", "debug")
+    with Upstream(unused) as upstream, harness.ProxyProcess(upstream.url, *tls) as proxy:
+        peers.connect(proxy.address).reset()
+        record = proxy.wait_for(lambda record: record["event"] == "connection.close")
+        assert (record["level"], record["requests"], record["why"]) == ("debug", 0, "reset")
+        assert not [record for record in proxy.records() if record["event"] == "connection.abort"]
+
+
+def test_plain_http_on_a_tls_port_is_said_though_the_client_has_left(certificates: Certificates) -> None:
+    tls = ("--tls-cert", certificates.server, "--tls-key", certificates.server)
+    with Upstream(unused) as upstream, harness.ProxyProcess(upstream.url, *tls) as proxy:
+        for _ in range(20):
+            with peers.connect(proxy.address) as wire:
+                wire.get()
+                wire.reset()
+        harness.wait_until(lambda: len(proxy.records()) >= 21)
+        ended = [record for record in proxy.records() if record["event"] == "connection.abort"]
+        assert {(record["cause"], record["operation"]) for record in ended} == {("protocol", "handshake")}
+
+
 def test_the_two_sides_are_the_sockets_that_were_used(stage: Stage) -> None:
     """Two requests at once, of which one is aborted: each record has its own client, upstream and counts."""
     upstream = stage.upstream = stage.upstreams["tcp"]

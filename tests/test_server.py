@@ -78,6 +78,18 @@ def test_far_too_many_connections_leave_no_threads(upstream: Upstream) -> None:
         for _ in range(150):
             stack.enter_context(connect(proxy.address))
         wait_until(lambda: sum(r["event"] == "connection.abort" for r in proxy.records()) >= 150 - 64)
+        aborts = [record for record in proxy.records() if record["event"] == "connection.abort"]
+        assert len({record["connection_id"] for record in aborts}) == len(aborts)
+        first = aborts[0]
+        assert (first["side"], first["phase"], first["operation"], first["cause"]) == (
+            *("proxy", "request_head"),
+            *(None, "limit"),
+        )
+        assert first["limit"] == {"name": "max_connections", "value": 1, "source": "flag"}
+        assert first["error_type"] == "connection_limit_reached"
+        assert first["socket"]["client"]["state"] == "ESTABLISHED"
+        assert first["exception"] is None
+        assert first["duration_s"] < 1
         assert proxy.threads() < 80
         assert ask(held) == 200
         wait_until(lambda: proxy.threads() < 75, 10)
