@@ -2550,6 +2550,11 @@ def _parse_upstream(text: str) -> UpstreamUrl:
     match = _URL.fullmatch(text)
     if match is None:
         mend = f"write unix://{_cut(text)}" if text.startswith("/") else f"write http://{_cut(text)}, or https://"
+        slashes = re.match(r"(https?|tcp):/?(?!/)(?=\D|$)", text, re.IGNORECASE)
+        if slashes is not None:
+            raise _BadValue(
+                "lacks two slashes", f"write {slashes[1].lower()}://{_cut(text[slashes.end() :]) or 'host:port'}"
+            )
         raise _BadValue("has no scheme", mend)
     scheme, authority, path, rest = match.groups()
     scheme = scheme.lower()
@@ -2604,7 +2609,7 @@ def _parse_unix_path(text: str) -> str:
             raise _BadValue("has a host", f"write unix:///{_cut(text[2:])}, with three slashes")
         text = text[2:]
     if not text or text.endswith("/"):
-        raise _BadValue("names no socket", "write unix:PATH")
+        raise _BadValue("names no socket", f"write unix:{_cut(text) or '/run/'}NAME.sock")
     length = len(os.fsencode(text))
     if length > _LONGEST_UNIX_PATH:
         raise _BadValue(f"is a path of {length} octets, and the kernel takes {_LONGEST_UNIX_PATH}", "use a shorter one")
@@ -3742,7 +3747,7 @@ handshakes run in ``exchange``.
 """
 
 
-# --- proxy/tls.py, line 15 ---
+# --- proxy/tls.py, line 17 ---
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
     """Make the context that serves clients: TLS 1.2 and 1.3, ``http/1.1`` only, client certificates where a CA for
@@ -3813,6 +3818,52 @@ def read_contexts(settings: Settings) -> Contexts:
         raise ConfigError(f"a certificate file changed while it was read: {error}; try again") from error
 
 
+def certificate_notes(settings: Settings) -> list[str]:
+    """Returns: what is allowed and still worth a look in the certificates that the proxy shows: their time, who may
+    read the key.
+    """
+    notes = []
+    for name, cert, key in (
+        ("tls_cert", settings.tls_cert, settings.tls_key),
+        ("upstream_cert", settings.upstream_cert, settings.upstream_key),
+    ):
+        if cert is None:
+            continue
+        problem = _time_problem(cert, key)
+        if problem is not None:
+            notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
+        path = key or cert
+        if os.stat(path).st_mode & 0o044:
+            notes.append(f"the key in {path!r} can be read by other users; chmod 600 mends it")
+    return notes
+
+
+def _time_problem(cert: str, key: str | None) -> str | None:
+    """Look at a certificate as a peer that trusts it would, in a handshake inside memory.
+
+    Returns: what such a peer says if the certificate is not valid now, else None.
+    """
+    shows, looks = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    shows.load_cert_chain(cert, key)
+    looks.load_verify_locations(cafile=cert)
+    looks.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    looks.check_hostname = False
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server, client = shows.wrap_bio(there, back, server_side=True), looks.wrap_bio(back, there)
+    for side in (client, server, client):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue  # it is the other's turn
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message if error.verify_code in (_NOT_YET_VALID, _EXPIRED) else None
+    return None
+
+
+# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+_NOT_YET_VALID, _EXPIRED = 9, 10
+
+
 def _load_identity(
     context: ssl.SSLContext, settings: Settings, cert_name: str, cert: str, key_name: str, key: str | None
 ) -> None:
@@ -3831,17 +3882,41 @@ def _load_identity(
     try:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as error:
-        hint = "both must be PEM"
-        if error.reason == "KEY_VALUES_MISMATCH":
-            hint = "the key does not belong to the certificate"
-        elif key is None and not _holds_key(cert):
-            hint = f"it holds no key; set --{key_name.replace('_', '-')} too"
-        raise ConfigError(f"{where}: can't be used: {error.reason or error}; {hint}") from error
+        problem = _why_unusable(error.reason or str(error), cert, key, f"--{key_name.replace('_', '-')}")
+        raise ConfigError(f"{where}: can't be used: {problem}") from error
 
 
-def _holds_key(path: str) -> bool:
-    with open(path, "rb") as file:
-        return b" PRIVATE KEY-----" in file.read()
+_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+_PRIVATE_KEY = b" PRIVATE KEY-----"
+# What OpenSSL refuses at its level of security, by its own names.
+_TOO_WEAK = ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK", "EE_MD_TOO_WEAK")
+
+
+def _why_unusable(reason: str, cert: str, key: str | None, key_flag: str) -> str:
+    """Returns: what is wrong with the files of an identity, and how to mend it: OpenSSL names neither."""
+    with open(cert, "rb") as file:
+        certificate = file.read()
+    key_octets = certificate
+    if key is not None:
+        with open(key, "rb") as file:
+            key_octets = file.read()
+    if reason in _TOO_WEAK:
+        return f"{reason}; make a new one, with a key of 2048 bits or more and SHA-256"
+    if _CERTIFICATE not in certificate:
+        what = "a key and no certificate" if _PRIVATE_KEY in certificate else "no PEM certificate"
+        return (
+            f"{cert!r} holds {what}; name a file with -----BEGIN CERTIFICATE----- in it (openssl x509 converts others)"
+        )
+    if _PRIVATE_KEY not in key_octets:
+        if key is None:
+            return f"it holds no key; set {key_flag} too"
+        return f"{key!r} holds no PEM key; name a file with -----BEGIN PRIVATE KEY----- in it"
+    if reason == "KEY_VALUES_MISMATCH":
+        mend = "name the key that was made with it"
+        if certificate.count(_CERTIFICATE) > 1:
+            mend += ", or put that certificate before those of its issuers"
+        return f"the key does not belong to the certificate, the first in {cert!r}; {mend}"
+    return f"{reason}; look at the files with openssl x509 -noout -text and openssl pkey -noout: they may be damaged"
 
 
 def _load_authorities(context: ssl.SSLContext, settings: Settings, name: str, path: str) -> None:
@@ -3850,11 +3925,17 @@ def _load_authorities(context: ssl.SSLContext, settings: Settings, name: str, pa
     try:
         context.load_verify_locations(cafile=path)
     except ssl.SSLError as error:
-        raise ConfigError(f"{where}: holds no usable PEM certificate: {error.reason or error}") from error
+        raise ConfigError(
+            f"{where}: holds no usable PEM certificate: {error.reason or error};"
+            " name a file with the -----BEGIN CERTIFICATE----- of each CA in it"
+        ) from error
 
 
 def _check_readable(where: str, path: str) -> None:
     try:
+        # Before it is opened: that could wait for ever. And it is read more than once, which no pipe allows.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(f"{where}: {path!r} is no file; name a regular one")
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
@@ -7308,7 +7389,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 """
 
 
-# --- proxy/workers.py, line 30 ---
+# --- proxy/workers.py, line 31 ---
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
@@ -7361,35 +7442,67 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
     address = settings.listen
     where = f"listen {str(address)!r} ({settings.sources['listen']})"
     if isinstance(address, UnixAddress):
-        check_socket_path(where, address)
+        _check_socket_path(where, address)
     try:
         if isinstance(address, UnixAddress):
             return [_listen_unix(address)], f"unix:{address.path}"
         return _listen_tcp(address, settings)
     except OSError as error:
-        hints = {
-            errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
-            errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory,"
-            " and a socket that is there already is somebody else's",
-            errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
-            errno.EADDRNOTAVAIL: "this machine has no such address",
-            errno.ENOENT: "the directory does not exist",
-            errno.EMFILE: _MORE_ROOM,
-        }
-        hint = hints.get(error.errno or 0, "")
-        text = error.strerror or str(error)
-        raise ConfigError(f"{where}: {text}" + (f"; {hint}" if hint else "")) from error
+        raise _listen_error(where, error) from error
 
 
-def check_socket_path(where: str, address: UnixAddress) -> None:
+_LISTEN_HINTS = {
+    errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
+    errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory,"
+    " and a socket that is there already is somebody else's",
+    errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
+    errno.EADDRNOTAVAIL: "this machine has no such address; choose one of its own, 0.0.0.0 or [::]",
+    errno.EAFNOSUPPORT: "this machine has no such kind of address; choose another one",
+    errno.ENOENT: "the directory does not exist, or takes no files; choose another path",
+    errno.ENOTDIR: "what should be a directory is none; choose another path",
+    errno.ELOOP: "symbolic links lead in a circle; choose another path",
+    errno.EROFS: "the file system is read-only; choose a path elsewhere",
+    errno.EMFILE: _MORE_ROOM,
+}
+
+
+def _listen_error(where: str, error: OSError) -> ConfigError:
+    hint = _LISTEN_HINTS.get(error.errno or 0, "choose another address")
+    if isinstance(error, socket.gaierror):
+        hint = "write an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+    return ConfigError(f"{where}: {error.strerror or error}; {hint}")
+
+
+def check_listen(settings: Settings) -> None:
+    """Find out whether there is such an address to listen at. Who has it now is not asked. Raises: ConfigError."""
+    address = settings.listen
+    where = f"listen {str(address)!r} ({settings.sources['listen']})"
+    if isinstance(address, UnixAddress):
+        _check_socket_path(where, address)
+        return
+    try:
+        family, _, _, _, found = _resolve_listen(address)
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.bind((found[0], 0, *found[2:]))
+    except OSError as error:
+        raise _listen_error(where, error) from error
+
+
+def _check_socket_path(where: str, address: UnixAddress) -> None:
     """Refuse a path at which something stands that is no socket. Raises: ConfigError."""
-    if os.path.exists(address.path) and not stat.S_ISSOCK(os.stat(address.path).st_mode):
+    if not os.path.exists(address.path):
+        if os.path.islink(address.path):
+            raise ConfigError(f"{where}: is a symbolic link to nothing; remove it, or choose another path")
+    elif not stat.S_ISSOCK(os.stat(address.path).st_mode):
         raise ConfigError(f"{where}: what is there is no socket; remove it, or choose another path")
 
 
+def _resolve_listen(address: TcpAddress) -> tuple[int, int, int, str, typing.Any]:
+    return socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
 def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.socket], str]:
-    found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, where = found[0]
+    family, _, _, _, where = _resolve_listen(address)
     # Without SO_REUSEPORT first: with it, a second proxy of the same user would silently take half of the connections.
     with socket.socket(family, socket.SOCK_STREAM) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -7889,6 +8002,26 @@ def notify_systemd(state: str) -> None:
             return  # nobody listens: the service manager has its own time limit for that
 
 
+def check_log_file(settings: Settings) -> bool:
+    """Open the log as for writing, if there is one. Returns: whether there is. Raises: ConfigError."""
+    try:
+        os.close(os.open(settings.log_file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _log_file_error(settings, error) from error
+    return True
+
+
+def _log_file_error(settings: Settings, error: OSError) -> ConfigError:
+    mend = "choose a path that can be written, or - for stderr"
+    if error.errno == errno.EISDIR:
+        mend = "name a file in it"
+    elif error.errno == errno.ENXIO:
+        mend = "a named pipe needs a reader first, and a socket is no file; start the reader, or choose another path"
+    return ConfigError(f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; {mend}")
+
+
 def serve(settings: Settings) -> int:
     """Serve until told to stop. Returns: the exit status. Raises: ConfigError for what the environment does not
     allow.
@@ -7897,14 +8030,7 @@ def serve(settings: Settings) -> int:
     try:
         log = EventLog(settings.log_file, settings.log_level)
     except OSError as error:
-        mend = "choose a path that can be written, or - for stderr"
-        if error.errno == errno.ENXIO:
-            mend = (
-                "a named pipe needs a reader first, and a socket is no file; start the reader, or choose another path"
-            )
-        raise ConfigError(
-            f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; {mend}"
-        ) from error
+        raise _log_file_error(settings, error) from error
     raise_file_limit()
     listeners, where = open_listeners(settings)
     socket_file = _socket_file(settings)
@@ -8420,23 +8546,16 @@ def _spelled(value: object) -> str:
 
 
 def _check_places(settings: Settings) -> None:
-    """Find out whether the log and a unix socket can be made where they are wanted, without making them.
+    """Find out whether the log and the listener can be made where they are wanted, without making them.
 
     Raises: ConfigError.
     """
-    if settings.log_file != "-":
+    if settings.log_file != "-" and not check_log_file(settings):
         where = f"log_file {settings.log_file!r} ({settings.sources['log_file']})"
-        if os.path.isdir(settings.log_file):
-            raise ConfigError(f"{where}: is a directory; name a file in it")
-        if os.path.exists(settings.log_file):
-            if not os.access(settings.log_file, os.W_OK):
-                raise ConfigError(f"{where}: may not be written; change its permissions, or choose another path")
-        else:
-            _check_directory(where, settings.log_file)
+        _check_directory(where, os.path.realpath(settings.log_file))
     if isinstance(settings.listen, UnixAddress):
-        where = f"listen {str(settings.listen)!r} ({settings.sources['listen']})"
-        _check_directory(where, settings.listen.path)
-        check_socket_path(where, settings.listen)
+        _check_directory(f"listen {str(settings.listen)!r} ({settings.sources['listen']})", settings.listen.path)
+    check_listen(settings)
 
 
 def _check_directory(where: str, path: str) -> None:
@@ -8450,6 +8569,7 @@ def _check_directory(where: str, path: str) -> None:
 def _notes(settings: Settings) -> list[str]:
     """Returns: what is allowed, and still worth a look."""
     notes = [f"{name} is no option, and is ignored" for name in ignored_variables(os.environ)]
+    notes += certificate_notes(settings)
     if settings.upstream.scheme == "unix" and not os.path.exists(settings.upstream.path):
         notes.append(f"upstream socket {settings.upstream.path!r} does not exist now; requests get 502 until it does")
     return notes

@@ -18,8 +18,8 @@ from . import __version__
 from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variables, load_settings
 from .demo import end_in_order_on_signals, run_demo, show
 from .dependencies import DEPENDENCIES, open_standard_files, print_line
-from .tls import read_contexts
-from .workers import check_socket_path, serve
+from .tls import certificate_notes, read_contexts
+from .workers import check_listen, check_log_file, serve
 
 COMMANDS = {
     "serve": "serve until told to stop; the default",
@@ -179,23 +179,16 @@ def _spelled(value: object) -> str:
 
 
 def _check_places(settings: Settings) -> None:
-    """Find out whether the log and a unix socket can be made where they are wanted, without making them.
+    """Find out whether the log and the listener can be made where they are wanted, without making them.
 
     Raises: ConfigError.
     """
-    if settings.log_file != "-":
+    if settings.log_file != "-" and not check_log_file(settings):
         where = f"log_file {settings.log_file!r} ({settings.sources['log_file']})"
-        if os.path.isdir(settings.log_file):
-            raise ConfigError(f"{where}: is a directory; name a file in it")
-        if os.path.exists(settings.log_file):
-            if not os.access(settings.log_file, os.W_OK):
-                raise ConfigError(f"{where}: may not be written; change its permissions, or choose another path")
-        else:
-            _check_directory(where, settings.log_file)
+        _check_directory(where, os.path.realpath(settings.log_file))
     if isinstance(settings.listen, UnixAddress):
-        where = f"listen {str(settings.listen)!r} ({settings.sources['listen']})"
-        _check_directory(where, settings.listen.path)
-        check_socket_path(where, settings.listen)
+        _check_directory(f"listen {str(settings.listen)!r} ({settings.sources['listen']})", settings.listen.path)
+    check_listen(settings)
 
 
 def _check_directory(where: str, path: str) -> None:
@@ -209,6 +202,7 @@ def _check_directory(where: str, path: str) -> None:
 def _notes(settings: Settings) -> list[str]:
     """Returns: what is allowed, and still worth a look."""
     notes = [f"{name} is no option, and is ignored" for name in ignored_variables(os.environ)]
+    notes += certificate_notes(settings)
     if settings.upstream.scheme == "unix" and not os.path.exists(settings.upstream.path):
         notes.append(f"upstream socket {settings.upstream.path!r} does not exist now; requests get 502 until it does")
     return notes

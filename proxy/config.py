@@ -757,6 +757,11 @@ def _parse_upstream(text: str) -> UpstreamUrl:
     match = _URL.fullmatch(text)
     if match is None:
         mend = f"write unix://{_cut(text)}" if text.startswith("/") else f"write http://{_cut(text)}, or https://"
+        slashes = re.match(r"(https?|tcp):/?(?!/)(?=\D|$)", text, re.IGNORECASE)
+        if slashes is not None:
+            raise _BadValue(
+                "lacks two slashes", f"write {slashes[1].lower()}://{_cut(text[slashes.end() :]) or 'host:port'}"
+            )
         raise _BadValue("has no scheme", mend)
     scheme, authority, path, rest = match.groups()
     scheme = scheme.lower()
@@ -811,7 +816,7 @@ def _parse_unix_path(text: str) -> str:
             raise _BadValue("has a host", f"write unix:///{_cut(text[2:])}, with three slashes")
         text = text[2:]
     if not text or text.endswith("/"):
-        raise _BadValue("names no socket", "write unix:PATH")
+        raise _BadValue("names no socket", f"write unix:{_cut(text) or '/run/'}NAME.sock")
     length = len(os.fsencode(text))
     if length > _LONGEST_UNIX_PATH:
         raise _BadValue(f"is a path of {length} octets, and the kernel takes {_LONGEST_UNIX_PATH}", "use a shorter one")

@@ -2,7 +2,9 @@
 handshakes run in ``exchange``.
 """
 
+import os
 import ssl
+import stat
 import typing
 
 import certifi
@@ -81,6 +83,52 @@ def read_contexts(settings: Settings) -> Contexts:
         raise ConfigError(f"a certificate file changed while it was read: {error}; try again") from error
 
 
+def certificate_notes(settings: Settings) -> list[str]:
+    """Returns: what is allowed and still worth a look in the certificates that the proxy shows: their time, who may
+    read the key.
+    """
+    notes = []
+    for name, cert, key in (
+        ("tls_cert", settings.tls_cert, settings.tls_key),
+        ("upstream_cert", settings.upstream_cert, settings.upstream_key),
+    ):
+        if cert is None:
+            continue
+        problem = _time_problem(cert, key)
+        if problem is not None:
+            notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
+        path = key or cert
+        if os.stat(path).st_mode & 0o044:
+            notes.append(f"the key in {path!r} can be read by other users; chmod 600 mends it")
+    return notes
+
+
+def _time_problem(cert: str, key: str | None) -> str | None:
+    """Look at a certificate as a peer that trusts it would, in a handshake inside memory.
+
+    Returns: what such a peer says if the certificate is not valid now, else None.
+    """
+    shows, looks = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    shows.load_cert_chain(cert, key)
+    looks.load_verify_locations(cafile=cert)
+    looks.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    looks.check_hostname = False
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server, client = shows.wrap_bio(there, back, server_side=True), looks.wrap_bio(back, there)
+    for side in (client, server, client):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue  # it is the other's turn
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message if error.verify_code in (_NOT_YET_VALID, _EXPIRED) else None
+    return None
+
+
+# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
+_NOT_YET_VALID, _EXPIRED = 9, 10
+
+
 def _load_identity(
     context: ssl.SSLContext, settings: Settings, cert_name: str, cert: str, key_name: str, key: str | None
 ) -> None:
@@ -99,17 +147,41 @@ def _load_identity(
     try:
         context.load_cert_chain(cert, key, password=no_passphrase)
     except ssl.SSLError as error:
-        hint = "both must be PEM"
-        if error.reason == "KEY_VALUES_MISMATCH":
-            hint = "the key does not belong to the certificate"
-        elif key is None and not _holds_key(cert):
-            hint = f"it holds no key; set --{key_name.replace('_', '-')} too"
-        raise ConfigError(f"{where}: can't be used: {error.reason or error}; {hint}") from error
+        problem = _why_unusable(error.reason or str(error), cert, key, f"--{key_name.replace('_', '-')}")
+        raise ConfigError(f"{where}: can't be used: {problem}") from error
 
 
-def _holds_key(path: str) -> bool:
-    with open(path, "rb") as file:
-        return b" PRIVATE KEY-----" in file.read()
+_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+_PRIVATE_KEY = b" PRIVATE KEY-----"
+# What OpenSSL refuses at its level of security, by its own names.
+_TOO_WEAK = ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK", "EE_MD_TOO_WEAK")
+
+
+def _why_unusable(reason: str, cert: str, key: str | None, key_flag: str) -> str:
+    """Returns: what is wrong with the files of an identity, and how to mend it: OpenSSL names neither."""
+    with open(cert, "rb") as file:
+        certificate = file.read()
+    key_octets = certificate
+    if key is not None:
+        with open(key, "rb") as file:
+            key_octets = file.read()
+    if reason in _TOO_WEAK:
+        return f"{reason}; make a new one, with a key of 2048 bits or more and SHA-256"
+    if _CERTIFICATE not in certificate:
+        what = "a key and no certificate" if _PRIVATE_KEY in certificate else "no PEM certificate"
+        return (
+            f"{cert!r} holds {what}; name a file with -----BEGIN CERTIFICATE----- in it (openssl x509 converts others)"
+        )
+    if _PRIVATE_KEY not in key_octets:
+        if key is None:
+            return f"it holds no key; set {key_flag} too"
+        return f"{key!r} holds no PEM key; name a file with -----BEGIN PRIVATE KEY----- in it"
+    if reason == "KEY_VALUES_MISMATCH":
+        mend = "name the key that was made with it"
+        if certificate.count(_CERTIFICATE) > 1:
+            mend += ", or put that certificate before those of its issuers"
+        return f"the key does not belong to the certificate, the first in {cert!r}; {mend}"
+    return f"{reason}; look at the files with openssl x509 -noout -text and openssl pkey -noout: they may be damaged"
 
 
 def _load_authorities(context: ssl.SSLContext, settings: Settings, name: str, path: str) -> None:
@@ -118,11 +190,17 @@ def _load_authorities(context: ssl.SSLContext, settings: Settings, name: str, pa
     try:
         context.load_verify_locations(cafile=path)
     except ssl.SSLError as error:
-        raise ConfigError(f"{where}: holds no usable PEM certificate: {error.reason or error}") from error
+        raise ConfigError(
+            f"{where}: holds no usable PEM certificate: {error.reason or error};"
+            " name a file with the -----BEGIN CERTIFICATE----- of each CA in it"
+        ) from error
 
 
 def _check_readable(where: str, path: str) -> None:
     try:
+        # Before it is opened: that could wait for ever. And it is read more than once, which no pipe allows.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(f"{where}: {path!r} is no file; name a regular one")
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:

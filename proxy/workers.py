@@ -16,6 +16,7 @@ import stat
 import sys
 import time
 import traceback
+import typing
 
 from .config import ConfigError, Settings, TcpAddress, UnixAddress
 from .exchange import Worker, make_worker
@@ -78,35 +79,67 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
     address = settings.listen
     where = f"listen {str(address)!r} ({settings.sources['listen']})"
     if isinstance(address, UnixAddress):
-        check_socket_path(where, address)
+        _check_socket_path(where, address)
     try:
         if isinstance(address, UnixAddress):
             return [_listen_unix(address)], f"unix:{address.path}"
         return _listen_tcp(address, settings)
     except OSError as error:
-        hints = {
-            errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
-            errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory,"
-            " and a socket that is there already is somebody else's",
-            errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
-            errno.EADDRNOTAVAIL: "this machine has no such address",
-            errno.ENOENT: "the directory does not exist",
-            errno.EMFILE: _MORE_ROOM,
-        }
-        hint = hints.get(error.errno or 0, "")
-        text = error.strerror or str(error)
-        raise ConfigError(f"{where}: {text}" + (f"; {hint}" if hint else "")) from error
+        raise _listen_error(where, error) from error
 
 
-def check_socket_path(where: str, address: UnixAddress) -> None:
+_LISTEN_HINTS = {
+    errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
+    errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory,"
+    " and a socket that is there already is somebody else's",
+    errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
+    errno.EADDRNOTAVAIL: "this machine has no such address; choose one of its own, 0.0.0.0 or [::]",
+    errno.EAFNOSUPPORT: "this machine has no such kind of address; choose another one",
+    errno.ENOENT: "the directory does not exist, or takes no files; choose another path",
+    errno.ENOTDIR: "what should be a directory is none; choose another path",
+    errno.ELOOP: "symbolic links lead in a circle; choose another path",
+    errno.EROFS: "the file system is read-only; choose a path elsewhere",
+    errno.EMFILE: _MORE_ROOM,
+}
+
+
+def _listen_error(where: str, error: OSError) -> ConfigError:
+    hint = _LISTEN_HINTS.get(error.errno or 0, "choose another address")
+    if isinstance(error, socket.gaierror):
+        hint = "write an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
+    return ConfigError(f"{where}: {error.strerror or error}; {hint}")
+
+
+def check_listen(settings: Settings) -> None:
+    """Find out whether there is such an address to listen at. Who has it now is not asked. Raises: ConfigError."""
+    address = settings.listen
+    where = f"listen {str(address)!r} ({settings.sources['listen']})"
+    if isinstance(address, UnixAddress):
+        _check_socket_path(where, address)
+        return
+    try:
+        family, _, _, _, found = _resolve_listen(address)
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.bind((found[0], 0, *found[2:]))
+    except OSError as error:
+        raise _listen_error(where, error) from error
+
+
+def _check_socket_path(where: str, address: UnixAddress) -> None:
     """Refuse a path at which something stands that is no socket. Raises: ConfigError."""
-    if os.path.exists(address.path) and not stat.S_ISSOCK(os.stat(address.path).st_mode):
+    if not os.path.exists(address.path):
+        if os.path.islink(address.path):
+            raise ConfigError(f"{where}: is a symbolic link to nothing; remove it, or choose another path")
+    elif not stat.S_ISSOCK(os.stat(address.path).st_mode):
         raise ConfigError(f"{where}: what is there is no socket; remove it, or choose another path")
 
 
+def _resolve_listen(address: TcpAddress) -> tuple[int, int, int, str, typing.Any]:
+    return socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
 def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.socket], str]:
-    found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, _, _, _, where = found[0]
+    family, _, _, _, where = _resolve_listen(address)
     # Without SO_REUSEPORT first: with it, a second proxy of the same user would silently take half of the connections.
     with socket.socket(family, socket.SOCK_STREAM) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -606,6 +639,26 @@ def notify_systemd(state: str) -> None:
             return  # nobody listens: the service manager has its own time limit for that
 
 
+def check_log_file(settings: Settings) -> bool:
+    """Open the log as for writing, if there is one. Returns: whether there is. Raises: ConfigError."""
+    try:
+        os.close(os.open(settings.log_file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _log_file_error(settings, error) from error
+    return True
+
+
+def _log_file_error(settings: Settings, error: OSError) -> ConfigError:
+    mend = "choose a path that can be written, or - for stderr"
+    if error.errno == errno.EISDIR:
+        mend = "name a file in it"
+    elif error.errno == errno.ENXIO:
+        mend = "a named pipe needs a reader first, and a socket is no file; start the reader, or choose another path"
+    return ConfigError(f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; {mend}")
+
+
 def serve(settings: Settings) -> int:
     """Serve until told to stop. Returns: the exit status. Raises: ConfigError for what the environment does not
     allow.
@@ -614,14 +667,7 @@ def serve(settings: Settings) -> int:
     try:
         log = EventLog(settings.log_file, settings.log_level)
     except OSError as error:
-        mend = "choose a path that can be written, or - for stderr"
-        if error.errno == errno.ENXIO:
-            mend = (
-                "a named pipe needs a reader first, and a socket is no file; start the reader, or choose another path"
-            )
-        raise ConfigError(
-            f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; {mend}"
-        ) from error
+        raise _log_file_error(settings, error) from error
     raise_file_limit()
     listeners, where = open_listeners(settings)
     socket_file = _socket_file(settings)

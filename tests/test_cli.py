@@ -2,12 +2,14 @@
 
 import collections.abc
 import contextlib
+import datetime
 import json
 import os
 import pathlib
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -357,7 +359,7 @@ def test_check_looks_at_the_places_for_log_and_socket(program: Program) -> None:
     assert "log_file '/does/not/exist.log' (flag): '/does/not' is no directory; make it" in program.refusal(
         "check", "--log-file", "/does/not/exist.log"
     )
-    assert "(flag): is a directory; name a file in it" in program.refusal("check", "--log-file", there)
+    assert "(flag): Is a directory; name a file in it" in program.refusal("check", "--log-file", there)
     assert "listen 'unix:/does/not/p.sock' (flag): '/does/not' is no directory" in program.refusal(
         "check", "--listen", "unix:/does/not/p.sock"
     )
@@ -380,6 +382,18 @@ def certificates(tmp_path: pathlib.Path) -> pathlib.Path:
     locked = serialization.BestAvailableEncryption(b"secret")
     encoded = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
     (tmp_path / "locked.pem").write_bytes(encoded)
+    certificate = identity.cert_chain_pems[0].bytes()
+    (tmp_path / "order.pem").write_bytes(authority.cert_pem.bytes() + certificate)
+    (tmp_path / "cert.der.pem").write_bytes(ssl.PEM_cert_to_DER_cert(certificate.decode("ascii")))
+    (tmp_path / "damaged.pem").write_bytes(certificate.replace(b"M", b"N", 3))
+    os.mkfifo(tmp_path / "pipe.pem")
+    short = str(tmp_path / "short.pem")
+    made = ("req", "-x509", "-newkey", "rsa:512", "-nodes", "-keyout", short, "-subj", "/CN=localhost")
+    done = subprocess.run(["openssl", *made], check=True, capture_output=True)
+    with open(short, "ab") as file:
+        file.write(done.stdout)
+    for path in tmp_path.glob("*.pem"):
+        path.chmod(0o600)
     return tmp_path
 
 
@@ -397,12 +411,80 @@ def test_check_loads_the_files_of_tls(program: Program, certificates: pathlib.Pa
         assert (done.returncode, done.stderr) == (0, ""), good
 
 
+def test_check_looks_at_what_peers_will_refuse(program: Program, certificates: pathlib.Path) -> None:
+    """It is allowed, as a clock may be wrong, and clocks and certificates change while the proxy runs."""
+    authority = trustme.CA()
+    now = datetime.datetime.now(datetime.UTC)
+    day = datetime.timedelta(days=1)
+    for name, first, last in (("old", now - 3 * day, now - day), ("new", now + day, now + 3 * day)):
+        identity = authority.issue_cert("localhost", not_before=first, not_after=last)
+        path = certificates / f"{name}.pem"
+        identity.private_key_and_cert_chain_pem.write_to_path(str(path))
+        path.chmod(0o600)
+    key = certificates / "key.pem"
+
+    def notes(*options: str) -> list[str]:
+        done = program.run("check", "--json", "--upstream", "https://localhost:2376", *options)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)["notes"]
+        assert isinstance(found, list)
+        return found
+
+    cert = str(certificates / "cert.pem")
+    assert notes("--tls-cert", cert, "--tls-key", str(key)) == []
+    assert [note.partition(":")[2] for note in notes("--tls-cert", str(certificates / "old.pem"))] == [
+        " certificate has expired; peers that check it will refuse it"
+    ]
+    assert [note.partition(":")[2] for note in notes("--upstream-cert", str(certificates / "new.pem"))] == [
+        " certificate is not yet valid; peers that check it will refuse it"
+    ]
+    key.chmod(0o640)
+    assert notes("--tls-cert", cert, "--tls-key", str(key)) == [
+        f"the key in {str(key)!r} can be read by other users; chmod 600 mends it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--listen", "nosuch.invalid:80"), "write an address of this machine, such as 127.0.0.1"),
+        (("--listen", "192.0.2.1:80"), "this machine has no such address; choose one of its own"),
+        (("--listen", "unix:{}/nowhere"), "is a symbolic link to nothing; remove it, or choose another path"),
+        (("--listen", "unix:{}/circle"), "is a symbolic link to nothing; remove it, or choose another path"),
+        (("--log-file", "{}/circle"), "choose a path that can be written, or - for stderr"),
+        (("--log-file", "{}/pipe"), "a named pipe needs a reader first"),
+        (("--log-file", "{}"), "Is a directory; name a file in it"),
+    ],
+)
+def test_places_that_can_not_be_had(
+    program: Program, tmp_path: pathlib.Path, options: tuple[str, ...], text: str
+) -> None:
+    """``check`` says what ``serve`` would say."""
+    (tmp_path / "nowhere").symlink_to("/does/not/exist")
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    filled = [option.format(tmp_path) for option in options]
+    listen = () if options[0] == "--listen" else ("--listen", "127.0.0.1:0")
+    assert text in (said := program.refusal("check", *listen, *filled))
+    assert program.refusal("serve", *listen, *filled) == said
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         (("--tls-cert", "cert.pem"), "it holds no key; set --tls-key too"),
         (("--tls-cert", "cert.pem", "--tls-key", "other.pem"), "the key does not belong to the certificate"),
         (("--tls-cert", "cert.pem", "--tls-key", "locked.pem"), "the key is encrypted"),
+        (("--tls-cert", "short.pem"), "make a new one, with a key of 2048 bits or more"),
+        (("--tls-cert", "key.pem"), "'{}/key.pem' holds a key and no certificate; name a file"),
+        (("--tls-cert", "cert.der.pem", "--tls-key", "key.pem"), "'{}/cert.der.pem' holds no PEM certificate; name"),
+        (("--tls-cert", "cert.pem", "--tls-key", "cert.pem"), "'{}/cert.pem' holds no PEM key; name a file"),
+        (("--tls-cert", "order.pem", "--tls-key", "key.pem"), "or put that certificate before those of its issuers"),
+        (("--tls-cert", "damaged.pem", "--tls-key", "key.pem"), "they may be damaged"),
+        (("--tls-cert", "pipe.pem"), "'{}/pipe.pem' is no file; name a regular one"),
+        (("--upstream", "https://h", "--upstream-ca", "pipe.pem"), "'{}/pipe.pem' is no file; name a regular one"),
         (("--tls-cert", "garbage.pem", "--tls-key", "key.pem"), "tls_cert '{}/garbage.pem' (flag)"),
         (("--tls-cert", "missing.pem"), "can't read '{}/missing.pem': No such file or directory"),
         (

@@ -664,6 +664,11 @@ def test_upstream(text: str, url: UpstreamUrl, spelled: str) -> None:
     [
         ("h:2375", "has no scheme; write http://h:2375, or https://"),
         ("/var/run/docker.sock", "has no scheme; write unix:///var/run/docker.sock"),
+        ("http:8080", "has no scheme; write http://http:8080"),
+        ("http:/h:2375", "lacks two slashes; write http://h:2375"),
+        ("HTTPS:h", "lacks two slashes; write https://h"),
+        ("tcp:", "lacks two slashes; write tcp://host:port"),
+        ("unix:///run/", "names no socket; write unix:/run/NAME.sock"),
         ("ftp://h", "has the scheme ftp; write http://"),
         ("http://", "has no host; write http://"),
         ("http://:80", "has no host; write http://"),
