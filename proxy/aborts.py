@@ -108,6 +108,12 @@ def tls_error_type(error: BaseException) -> str | None:
     return None
 
 
+def refuses_certificate(error: BaseException) -> bool:
+    """Whether the peer says by a TLS alert that it does not accept our certificate, or that we showed none."""
+    reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
+    return "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason)
+
+
 def socket_abort(side: Side, phase: Phase, operation: Operation, error: OSError, limit: Limit | None = None) -> Abort:
     """Make the abort of a failed socket call. ``limit`` is the option behind the kernel's verdict on a dead peer, if
     one is set.

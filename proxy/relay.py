@@ -15,7 +15,7 @@ import socket
 import ssl
 import time
 
-from .aborts import Abort, malformed_request, malformed_response, socket_abort
+from .aborts import Abort, malformed_request, malformed_response, refuses_certificate, socket_abort
 from .config import Settings
 from .docker import hijacks, is_message_stream
 from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
@@ -671,7 +671,7 @@ class Relay:
                 self._see_part_of_record(self.upstream_read_watch, now)
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
-            if self.broken is not None:
+            if self.broken is not None and not refuses_certificate(error):
                 raise self.broken from self.broken.original
             raise self._abort(upstream, Operation.READ, error) from error
         if not count:
@@ -997,13 +997,11 @@ class Relay:
             raise self._abort(endpoint, Operation.WRITE, error) from error
 
     def _abort(self, endpoint: AnyEndpoint, operation: Operation, error: OSError) -> Abort:
-        return socket_abort(
-            endpoint.side,
-            self.phase_of(endpoint.side, operation),
-            operation,
-            error,
-            dead_peer_limit(self.settings, endpoint),
-        )
+        phase = self.phase_of(endpoint.side, operation)
+        if endpoint.side is Side.UPSTREAM and refuses_certificate(error):
+            # Under TLS 1.3 upstream judges our certificate when the handshake is over for us (RFC 8446 §4.4.2.4).
+            phase, operation = Phase.TLS_HANDSHAKE, Operation.HANDSHAKE
+        return socket_abort(endpoint.side, phase, operation, error, dead_peer_limit(self.settings, endpoint))
 
     def _socket_failed(self, endpoint: AnyEndpoint, operation: Operation) -> Abort:
         """Make the abort of a socket that poll reports as failed: the kernel keeps the reason until it is asked."""

@@ -1284,6 +1284,36 @@ def test_a_certificate_of_upstream_that_does_not_hold(certificates: Certificates
     assert record["exception"] is not None
 
 
+@pytest.mark.parametrize("shown", ["none", "stranger"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("body", [0, 4_000_000])
+def test_an_upstream_that_does_not_accept_our_certificate(
+    certificates: Certificates, shown: str, version: ssl.TLSVersion, body: int
+) -> None:
+    """In TLS 1.3 it says so when the handshake is over for us, and parts of the request may be out."""
+    context = certificates.server_context(client_ca=certificates.ca)
+    context.maximum_version = version
+    options = ["--upstream-ca", certificates.ca]
+    if shown == "stranger":
+        options += ["--upstream-cert", certificates.stranger]
+    with (
+        Upstream(unused, "tls", tls=context) as upstream,
+        harness.ProxyProcess(upstream.url, *options) as proxy,
+        peers.connect(proxy.address) as wire,
+    ):
+        wire.send(b"PUT / HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % body)
+        if body:
+            wire.send_until_answered(bytes(body))
+        response = wire.read_response()
+        record = proxy.next_request()
+    harness.check_record(record)
+    assert response.status == 502
+    expected = ("request.abort", "upstream", "tls_handshake", "handshake", "tls", "tls_alert_received")
+    names = ("event", "side", "phase", "operation", "cause", "error_type")
+    assert tuple(record[name] for name in names) == expected
+    assert "ALERT" in record["exception"]["text"]
+
+
 @pytest.mark.parametrize("what", ["plain", "closed", "silent", "reset", "untrusting"])
 def test_a_handshake_that_fails_is_a_connection_and_no_request(certificates: Certificates, what: str) -> None:
     tls = ("--tls-cert", certificates.server, "--tls-key", certificates.server, "--client-head-timeout", T)
