@@ -625,12 +625,16 @@ class Upstream:
             if self.failures:
                 raise self.failures.pop(0)
 
-    def close(self) -> None:
-        """Stop listening, break what is still connected, and wait for the threads."""
+    def stop_listening(self) -> None:
+        """Refuse further connections."""
         with contextlib.suppress(OSError):  # already closed
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
         self._listener.close()
+
+    def close(self) -> None:
+        """Stop listening, break what is still connected, and wait for the threads."""
+        self.stop_listening()
         with self._lock:
             wires, threads = list(self.wires), list(self._threads)
         for wire in wires:

@@ -378,9 +378,32 @@ def test_upstream_is_gone_between_two_requests() -> None:
         assert (record["side"], record["phase"], record["cause"]) == ("upstream", "connect", "refused")
         assert record["status"] == 502
         assert not record.get("notes")
-        # Both speak of the attempt that decided.
+
+
+def test_upstream_goes_when_it_is_asked_again() -> None:
+    """Of two attempts, the first on a kept connection, the record speaks of the one that decided."""
+    gone = threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(ok())
+        wire.read_request()
+        upstream.stop_listening()
+        wire.reset()
+        gone.set()
+
+    with Upstream(script) as upstream, ProxyProcess(upstream.url) as proxy, connect(proxy.address) as wire:
+        wire.get("/1")
+        assert wire.read_response().status == 200
+        wire.get("/2")
+        assert wire.read_response().status == 502
+        assert gone.is_set()
+        record = _record(proxy, 2)
+        assert (record["side"], record["phase"], record["cause"]) == ("upstream", "connect", "refused")
+        assert [(attempt["upstream"], attempt["cause"]) for attempt in record["attempts"]] == [(upstream.name, "reset")]
         assert record["upstream"] is None
-        assert record["timing_s"]["connected"] is None
+        assert "connected" not in record["timing_s"]
+        assert record["socket"]["upstream"] is None
 
 
 @pytest.mark.parametrize("end", ["reset", "cut"])
