@@ -1,5 +1,6 @@
 """What one small request may cost: system calls, and calls and instructions of Python, counted and not timed."""
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ SYSTEM_CALLS = {"poll": 1, "recvfrom": 2, "sendto": 2, "write": 1}
 # does not tell its instructions to who asks as we do.
 CALLS = 72
 INSTRUCTIONS = {"3.11": 2600, "3.13": 2600}
+# The pool of urllib3 1.26 takes 63 more for a lease and its return than that of urllib3 2.
+INSTRUCTIONS_OF_URLLIB3_1 = 65
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace here: apt install strace")
@@ -35,6 +38,8 @@ def test_a_small_request_stays_within_its_budget() -> None:
     assert found["calls"] <= CALLS
     budget = INSTRUCTIONS.get(found["python"].rpartition(".")[0])
     if budget is not None:
+        if importlib.metadata.version("urllib3").startswith("1."):
+            budget += INSTRUCTIONS_OF_URLLIB3_1
         assert found["instructions"] <= budget, found
         # What is counted is the request, and all stages know what they do.
         assert found["instructions"] > 1000
