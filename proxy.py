@@ -4439,6 +4439,12 @@ class Waiter:
                 return endpoint.read(size, NO_WAIT)
         return endpoint.read(size, 0)
 
+    def peek_client(self) -> int:
+        """Returns: whether the client's side has ended, as poll says it, without waiting."""
+        poller = select.poll()
+        poller.register(self.client.fd, POLLRDHUP)
+        return sum(events for _, events in poller.poll(0))
+
     def wait(
         self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None
     ) -> tuple[int, int, float]:
@@ -4920,7 +4926,12 @@ class Relay:
         self._flush_request(now)
         if request.finished and upstream.patience_s:
             # Most answers come at once, whole, and fit into one read.
-            self._read_upstream(now, soon=True)
+            try:
+                self._read_upstream(now, soon=True)
+            except Abort:
+                # Upstream's end ends that wait at once and the client's does not: if it is there by now, it came first.
+                self._client_ends(waiter.peek_client(), allow_half_close)
+                raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
             client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0

@@ -149,6 +149,12 @@ class Waiter:
                 return endpoint.read(size, NO_WAIT)
         return endpoint.read(size, 0)
 
+    def peek_client(self) -> int:
+        """Returns: whether the client's side has ended, as poll says it, without waiting."""
+        poller = select.poll()
+        poller.register(self.client.fd, POLLRDHUP)
+        return sum(events for _, events in poller.poll(0))
+
     def wait(
         self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None
     ) -> tuple[int, int, float]:

@@ -725,6 +725,43 @@ def test_an_upstream_that_goes_after_its_half_close_ends_the_tunnel(transport: s
         assert 0.25 < record["duration_s"] < 2
 
 
+@pytest.mark.parametrize("upstream_end", ["close", "reset"])
+@pytest.mark.parametrize("client_end", ["close", "reset"])
+@pytest.mark.parametrize("client_tls", [False, True], ids=["plain", "tls"])
+def test_a_client_that_leaves_just_before_upstream_does(
+    client_tls: bool, client_end: str, upstream_end: str, certificates: Certificates
+) -> None:
+    """While the answer is awaited inside a read, the client is not watched; it was first all the same."""
+    asked, left = threading.Event(), threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        asked.set()
+        assert left.wait(10)
+        if upstream_end == "reset":
+            wire.reset()
+        else:
+            wire.close()
+
+    context = certificates.client_context() if client_tls else None
+    with (
+        _scene(certificates, script, client_tls=client_tls) as (_, proxy),
+        connect(proxy.address, context) as wire,
+    ):
+        wire.get("/1")
+        assert asked.wait(10)
+        if client_end == "reset":
+            wire.reset()
+        else:
+            wire.close()
+        left.set()
+        record = _record(proxy)
+        assert (record["event"], record["side"]) == ("request.abort", "client")
+        assert record["phase"] == "response_head"
+        # Closing with session tickets unread resets the connection, under TLS.
+        assert record["cause"] == ("closed" if client_end == "close" and not client_tls else "reset")
+
+
 def _send_in_pieces(wire: Wire, octets: bytes) -> None:
     """Send one TLS record so slowly that no timeout of a second lasts until it is whole."""
     assert isinstance(wire, peers.TlsWire)
