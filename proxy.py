@@ -4928,9 +4928,10 @@ class Relay:
             # Most answers come at once, whole, and fit into one read.
             try:
                 self._read_upstream(now, soon=True)
-            except Abort:
+            except Abort as abort:
                 # Upstream's end ends that wait at once and the client's does not: if it is there by now, it came first.
-                self._client_ends(waiter.peek_client(), allow_half_close)
+                if abort.side is Side.UPSTREAM:
+                    self._client_ends(waiter.peek_client(), allow_half_close)
                 raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
             client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP

@@ -762,6 +762,32 @@ def test_a_client_that_leaves_just_before_upstream_does(
         assert record["cause"] == ("closed" if client_end == "close" and not client_tls else "reset")
 
 
+@pytest.mark.parametrize("client_tls", [False, True], ids=["plain", "tls"])
+def test_a_client_that_resets_just_before_its_answer_comes(client_tls: bool, certificates: Certificates) -> None:
+    """The write that finds it tells the kernel's reason, which is told once."""
+    asked, left = threading.Event(), threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        asked.set()
+        assert left.wait(10)
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+        wire.await_end()
+
+    context = certificates.client_context() if client_tls else None
+    with (
+        _scene(certificates, script, client_tls=client_tls) as (_, proxy),
+        connect(proxy.address, context) as wire,
+    ):
+        wire.get("/1")
+        assert asked.wait(10)
+        wire.reset()
+        left.set()
+        record = _record(proxy)
+        assert (record["event"], record["side"], record["cause"]) == ("request.abort", "client", "reset")
+        assert record["exception"]["errno"] in ("ECONNRESET", "EPIPE")
+
+
 def _send_in_pieces(wire: Wire, octets: bytes) -> None:
     """Send one TLS record so slowly that no timeout of a second lasts until it is whole."""
     assert isinstance(wire, peers.TlsWire)
