@@ -4615,6 +4615,8 @@ _SPLICE_AT_ONCE = 1024 * 1024
 # data.
 _MAX_RESIDUE = 64 * 1024
 _FREE_PIPES = 32
+_CRLF = b"\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 class PipeStore:
@@ -4652,6 +4654,7 @@ class Flow:
         "bulk",
         "content_before",
         "dechunk",
+        "enchunk",
         "end",
         "fed_from",
         "finished",
@@ -4684,6 +4687,7 @@ class Flow:
         # Read, and not to go on before more of it is known (ChunkedFraming.undecided); made when first wanted.
         self.held: bytearray | None = None
         self.dechunk = False  # only content is on the way
+        self.enchunk = False  # what ends with the source's connection is on the way as chunks
         self.bulk = False  # the last read filled what it was given
         self.buffer: tuple[bytearray, memoryview] | None = None  # used again and again by a flow in bulk
         self.pipe: SplicePipe | None = None
@@ -4756,6 +4760,8 @@ class Flow:
         if self.start < self.end:
             if self.dechunk:
                 count -= self.end - max(self.start, self.fed_from)
+            elif self.enchunk:
+                count -= max(0, self.end - len(_CRLF) - max(self.start, self.fed_from))
             else:
                 framing = self.framing
                 fed = framing.content_between(self.mark, self.octets, self.fed_from, self.end)
@@ -5294,6 +5300,11 @@ class Relay:
             self.upstream_usable = False
             if self.tunnel:
                 self._note("upstream", "fin")
+            elif response.enchunk:
+                response.octets = _LAST_CHUNK
+                response.start, response.end = 0, len(_LAST_CHUNK)
+                response.fed_from = response.end
+                response.pending = True
             self._flush_response(now)
             return
         if self.broken is not None:
@@ -5376,6 +5387,10 @@ class Relay:
         prepared = prepare_response(head, self.proxy_name, dechunk=dechunk)
         response.framing = framing
         response.dechunk = dechunk and framing is not NO_BODY
+        # A unix socket has no reset to cut a response with that ends with the connection.
+        response.enchunk = (
+            framing.ends_with_connection and self.request_head.minor == 1 and self.client.sock.family == socket.AF_UNIX
+        )
         if not prepared.keep_alive:
             self.upstream_usable = False
         # An answer before the request is through: the rest of the request will not be read to its end.
@@ -5390,6 +5405,8 @@ class Relay:
             connection = b"Connection: close\r\n"
         else:
             connection = b"" if self.request_head.minor else b"Connection: keep-alive\r\n"
+        if response.enchunk:
+            connection = b"Transfer-Encoding: chunked\r\n" + connection
         if status == 426:
             connection = upgrade_lines(head.section) + connection
         self.message_stream = is_message_stream(self.request_head, head)
@@ -5432,6 +5449,11 @@ class Relay:
         if contents is None and (response.held or framing.undecided):
             octets, stop, fed_from = response.release_decided(octets, stop)
             fed_from += len(head)
+        if response.enchunk and stop:
+            size = b"%x\r\n" % stop
+            octets = b"".join((size, memoryview(octets)[:stop], _CRLF))
+            stop = len(octets)
+            fed_from += len(size)
         if head:
             if response.start < response.end:  # an interim head that the client has not taken whole (see mid_head)
                 start = response.start
@@ -5504,7 +5526,7 @@ class Relay:
     def _can_splice(self, flow: Flow) -> bool:
         """Whether the next octets are worth, and allowed, to pass from socket to socket inside the kernel."""
         opaque = flow.framing.opaque()
-        if opaque < _SPLICE_MIN or flow.dechunk or flow.tail is not None:
+        if opaque < _SPLICE_MIN or flow.dechunk or flow.enchunk or flow.tail is not None:
             return False
         if flow.framing.ends_with_connection and not flow.bulk:
             return False
@@ -6955,7 +6977,8 @@ class ClientConnection:
         if relay.tunnel:
             self._close_mode = "reset"
             return
-        framed_by_end = relay.response.framing.ends_with_connection or relay.response.dechunk
+        response = relay.response
+        framed_by_end = (response.framing.ends_with_connection and not response.enchunk) or response.dechunk
         if relay.between_lines():
             message = record.sentence(abort) + f" (request id {record.request_id})"
             line = error_line(message)

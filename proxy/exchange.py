@@ -791,7 +791,8 @@ class ClientConnection:
         if relay.tunnel:
             self._close_mode = "reset"
             return
-        framed_by_end = relay.response.framing.ends_with_connection or relay.response.dechunk
+        response = relay.response
+        framed_by_end = (response.framing.ends_with_connection and not response.enchunk) or response.dechunk
         if relay.between_lines():
             message = record.sentence(abort) + f" (request id {record.request_id})"
             line = error_line(message)

@@ -833,3 +833,85 @@ def test_of_limits_that_a_machine_which_stood_still_finds_expired_the_first_deci
         os.kill(worker, signal.SIGCONT)
         assert wire.read_response().status == 504
         assert _record(proxy)["limit"]["name"] == "upstream_head_timeout"
+
+
+# -- a response that ends with its connection, to a client whose socket has no reset -----------------------------------
+
+UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.parametrize("size", [0, 1, 70_000, 3_000_000])
+def test_a_unix_client_gets_chunks_where_a_response_ends_with_its_connection(size: int, kind: str) -> None:
+    body = os.urandom(size)
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(UNTIL_CLOSE + body[:10])
+        wire.send(body[10:])
+        wire.end_write()
+
+    with (
+        Upstream(script, kind) as upstream,
+        ProxyProcess(upstream.url, listen="unix") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.get()
+        response = wire.read_response()
+        assert (response.get("transfer-encoding"), response.get("connection")) == (b"chunked", b"close")
+        assert (response.whole, response.body) == (True, body)
+        assert wire.await_end() == "fin"
+        record = _record(proxy)
+        assert record["event"] == "request.complete"
+        counts = record["bytes"]
+        assert (counts["response_body"], counts["client_written"]) == (size, wire.received.count)
+        assert counts["upstream_read"] == len(UNTIL_CLOSE) + size
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "message_stream"])
+def test_a_unix_client_sees_a_cut_where_a_response_ends_with_its_connection(stream: bool) -> None:
+    content_type = b"application/json" if stream else b"text/plain"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n\r\n" % content_type
+    with (
+        Upstream(peers.answer_and_wait(head + b'{"status":"x"}\r\n')) as upstream,
+        ProxyProcess(upstream.url, "--upstream-read-timeout", "0.3", listen="unix") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.send(b"POST /v1.41/build HTTP/1.1\r\nHost: t\r\nContent-Length: 0\r\n\r\n")
+        response = wire.read_response()
+        assert (response.get("transfer-encoding"), response.whole) == (b"chunked", False)
+        first, _, last = response.body.partition(b"\r\n")
+        assert first == b'{"status":"x"}'
+        assert (b"upstream_read_timeout" in last) is stream
+        record = _record(proxy)
+        assert (record["event"], record["phase"], record["cause"]) == ("request.abort", "response_body", "timeout")
+        assert record["bytes"]["response_body"] == 16
+
+
+def test_a_unix_client_that_stops_in_mid_chunk_is_counted_by_the_octet() -> None:
+    with (
+        Upstream(peers.flood(UNTIL_CLOSE)) as upstream,
+        ProxyProcess(upstream.url, "--client-write-timeout", "0.5", listen="unix") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.get()
+        record = _record(proxy)
+        response = wire.read_response()
+        assert (response.whole, record["cause"]) == (False, "timeout")
+        assert (record["bytes"]["response_body"], record["bytes"]["client_written"]) == (
+            len(response.body),
+            wire.received.count,
+        )
+        assert response.body
+
+
+def test_a_unix_client_of_http_1_0_gets_no_chunks() -> None:
+    with (
+        Upstream(peers.answer_and_close(UNTIL_CLOSE + b"hello")) as upstream,
+        ProxyProcess(upstream.url, listen="unix") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.send(b"GET / HTTP/1.0\r\n\r\n")
+        response = wire.read_response()
+        assert (response.get("transfer-encoding"), response.body) == (None, b"hello")
+        assert _record(proxy)["event"] == "request.complete"
