@@ -791,8 +791,9 @@ BY_CLIENT = [
                  ("--client-write-timeout", T), cause="timeout", limit="client_write_timeout", receive_buffer=8192, within_s=10.0),
     client_stuck("a deadline for a reader that stops", stop_reading(get()), peers.flood(LONG), ("--client-write-deadline", T),
                  cause="deadline", limit="client_write_deadline", receive_buffer=8192, within_s=10.0),
+    # Not exact: a drop may come while the limit runs out, and is then not read any more.
     client_stuck("a deadline in a drip", request(get()), drip_chunks(0.05), ("--client-write-deadline", T), cause="deadline",
-                 limit="client_write_deadline", exact=("upstream_read",)),
+                 limit="client_write_deadline"),
     abort("a deadline while the answer is awaited", request(get()), peers.silent, ("--client-write-deadline", T), side="client",
           phase="response_head", operation="write", cause="deadline", limit="client_write_deadline", whole=True),
     abort("a FIN without close_notify in a tunnel", tunnel(get(extra=UPGRADE), b"hello", "cut"), peers.upgrade(), side="client",
