@@ -1663,6 +1663,11 @@ def reset_on_close(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def fin_on_close(sock: socket.socket) -> None:
+    """Take ``reset_on_close`` back."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+
+
 def raise_file_limit() -> tuple[int, int]:
     """Raise the soft limit of open files to the hard one.
 
@@ -3679,6 +3684,213 @@ class TlsEndpoint(Endpoint):
 AnyEndpoint = Endpoint | TlsEndpoint
 
 
+# --- proxy/inflight.py, line 1 ---
+
+"""What each request in flight is and how far it has come, in memory that outlives the worker process.
+
+A worker that is killed (``kill -9``, out of memory, a crash of the interpreter) can't write the records of its
+requests. So it keeps what the process above needs to write them: one slot for each client connection. What the record
+says is decided in ``record``.
+
+Invariant: a slot is written by the one thread that holds the connection, and read by the process above only when the
+worker has ended.
+"""
+
+
+# --- proxy/inflight.py, line 18 ---
+
+# A slot begins with whether a request is in flight, and when its first byte came; then phase, status (0: none),
+# announced length of the body of its response (-1: none), six counts as in the field "bytes", and its id.
+_STATE = struct.Struct("=B7xdBxH4xq6Q128s")
+# What is written while it runs.
+_PROGRESS_AT, _PROGRESS = 16, struct.Struct("=BxH4xq6Q")
+# Behind it what is the same in one request after the other: announced length of its body (-1: none), upstream, method,
+# target, each with its size before it; last the id of the connection, and the client.
+_HEAD_AT, _HEAD = 208, struct.Struct("=qHHH")
+_CONNECTION_AT, _CONNECTION = 222, struct.Struct("=HH")
+_CONNECTION_TEXT_AT = 226
+_HEAD_TEXT_AT = 400
+_ROOM = 1024
+# Requests on connections beyond these are counted where a worker dies, and not described.
+_MOST_SLOTS = 4096 + 128
+_PHASES = tuple(Phase)
+_NUMBERS = {phase: number for number, phase in enumerate(_PHASES)}
+_HEAD_PHASE = _NUMBERS[Phase.REQUEST_HEAD]
+_CONNECT_PHASE = _NUMBERS[Phase.CONNECT]
+_ANSWER_PHASE = _NUMBERS[Phase.RESPONSE_HEAD]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InFlight:
+    """A request that was in flight when its worker died; None is what its head had not told yet, or what was not."""
+
+    connection_id: str
+    client: str
+    first_at: float  # on the monotonic clock, which all processes share
+    phase: Phase
+    status: int | None
+    request_id: str | None
+    upstream: str | None
+    method: bytes | None
+    target: bytes | None
+    expected_request: int | None
+    expected_response: int | None
+    client_read: int
+    client_written: int
+    upstream_read: int
+    upstream_written: int
+    request_body: int
+    response_body: int
+
+
+class Slot:
+    """Where one client connection keeps account of its request in flight."""
+
+    __slots__ = ("_at", "_head", "_memory", "_upstream", "is_shared")
+
+    def __init__(self, memory: mmap.mmap | bytearray, at: int, *, is_shared: bool) -> None:
+        """``at`` is where in ``memory`` it begins."""
+        self._memory = memory
+        self._at = at
+        self.is_shared = is_shared
+        self._head: RequestHead | None = None  # what the text speaks of
+        self._upstream = ""
+
+    def hold(self, connection_id: str, client: str) -> None:
+        """A connection takes this slot."""
+        memory, at = self._memory, self._at
+        self._head = None
+        name = client.encode("utf-8", "surrogateescape")
+        text = (connection_id.encode("ascii") + name)[: _HEAD_TEXT_AT - _CONNECTION_TEXT_AT]
+        _CONNECTION.pack_into(memory, at + _CONNECTION_AT, len(connection_id), len(text))
+        memory[at + _CONNECTION_TEXT_AT : at + _CONNECTION_TEXT_AT + len(text)] = text
+
+    def begin(self, first_at: float, read: int) -> None:
+        """A request has begun, and its head is waited for; ``read`` octets of it have come."""
+        _STATE.pack_into(self._memory, self._at, 1, first_at, _HEAD_PHASE, 0, -1, read, 0, 0, 0, 0, 0, b"")
+
+    def describe(
+        self, first_at: float, head: RequestHead, request_id: bytes, upstream: str, read: int, written: int
+    ) -> None:
+        """Its head has been read, and ``read`` octets of its body; upstream (empty while there is none) is about to
+        get ``written``.
+        """
+        memory, at = self._memory, self._at
+        if head is not self._head or upstream != self._upstream:
+            self._head = head
+            self._upstream = upstream
+            self._describe_head(head, upstream)
+        phase = _ANSWER_PHASE if upstream else _CONNECT_PHASE
+        _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, head.size + read, 0, 0, written, 0, 0, request_id)
+
+    def _describe_head(self, head: RequestHead, upstream: str) -> None:
+        memory, at = self._memory, self._at
+        name = upstream.encode("utf-8", "surrogateescape")
+        method, target = head.method, head.target
+        text = (name + method + target)[: _ROOM - _HEAD_TEXT_AT]
+        length = head.section.content_length
+        _HEAD.pack_into(memory, at + _HEAD_AT, -1 if length is None else length, len(name), len(method), len(text))
+        memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + len(text)] = text
+
+    def progress(
+        self,
+        phase: Phase,
+        status: int,
+        expected: int | None,
+        read: int,
+        *counts: int,
+    ) -> None:
+        """So far it has come: ``status`` is 0 while none was sent, ``expected`` the announced length of the response's
+        body; ``read`` octets of the client, those of the head apart, and the other counts as in ``InFlight``.
+        """
+        length = -1 if expected is None else expected
+        _PROGRESS.pack_into(
+            self._memory,
+            self._at + _PROGRESS_AT,
+            _NUMBERS[phase],
+            status,
+            length,
+            read if self._head is None else self._head.size + read,
+            *counts,
+        )
+
+    def end(self) -> None:
+        """Its record is about to be written."""
+        self._memory[self._at] = 0
+
+    def read(self) -> InFlight | None:
+        """Returns: the request in flight, None if there is none."""
+        memory, at = self._memory, self._at
+        in_flight, first_at, phase, status, expected_response, *counts, request_id = _STATE.unpack_from(memory, at)
+        if not in_flight:
+            return None
+        id_size, size = _CONNECTION.unpack_from(memory, at + _CONNECTION_AT)
+        connection = bytes(memory[at + _CONNECTION_TEXT_AT : at + _CONNECTION_TEXT_AT + size])
+        expected_request, name_size, method_size, size = _HEAD.unpack_from(memory, at + _HEAD_AT)
+        text = bytes(memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + size])
+        known = phase != _HEAD_PHASE
+        return InFlight(
+            connection[:id_size].decode("ascii"),
+            connection[id_size:].decode("utf-8", "surrogateescape"),
+            first_at,
+            _PHASES[phase],
+            status or None,
+            request_id.rstrip(b"\0").decode("ascii") if known else None,
+            text[:name_size].decode("utf-8", "surrogateescape") if known and name_size else None,
+            text[name_size : name_size + method_size] if known else None,
+            text[name_size + method_size :] if known else None,
+            expected_request if known and expected_request >= 0 else None,
+            expected_response if known and expected_response >= 0 else None,
+            *counts,
+        )
+
+
+class SlotStore:
+    """The free slots of one worker. Made in the worker: what an earlier process in its place held is free again."""
+
+    def __init__(self, memory: mmap.mmap, first: int, count: int) -> None:
+        """Take the slots ``first`` to ``first + count`` of ``memory``."""
+        self._free = [Slot(memory, (first + number) * _ROOM, is_shared=True) for number in range(count)]
+
+    def take(self, connection_id: str, client: str) -> Slot:
+        """Returns: a slot for a connection; where none is free, one that nobody else ever sees."""
+        try:
+            slot = self._free.pop()
+        except IndexError:
+            slot = Slot(bytearray(_ROOM), 0, is_shared=False)
+        slot.hold(connection_id, client)
+        return slot
+
+    def give(self, slot: Slot) -> None:
+        """Take back the slot of a connection that has ended."""
+        if slot.is_shared:
+            self._free.append(slot)
+
+
+class InFlightTable:
+    """The slots of all workers. Made by the process above, before it forks."""
+
+    def __init__(self, workers: int, most_connections: int) -> None:
+        """``most_connections`` is what one worker may hold at once."""
+        self._each = min(most_connections, _MOST_SLOTS)
+        self._memory = mmap.mmap(-1, workers * self._each * _ROOM)  # a page takes memory when first written to
+
+    def slots(self, worker: int) -> SlotStore:
+        """Returns: the slots of one worker. Call it in that worker."""
+        return SlotStore(self._memory, worker * self._each, self._each)
+
+    def left_by(self, worker: int) -> list[InFlight]:
+        """Returns: what was in flight in a worker that has ended. Empties its slots."""
+        found = []
+        for number in range(worker * self._each, (worker + 1) * self._each):
+            slot = Slot(self._memory, number * _ROOM, is_shared=True)
+            request = slot.read()
+            if request is not None:
+                slot.end()
+                found.append(request)
+        return found
+
+
 # --- proxy/reply.py, line 1 ---
 
 """Responses the proxy makes itself: status, ``Proxy-Status`` (RFC 9209), request id, and the JSON body the docker CLI
@@ -4303,7 +4515,7 @@ silent, or the worker ends; so no wait in the proxy is without its limits.
 """
 
 
-# --- proxy/waiting.py, line 18 ---
+# --- proxy/waiting.py, line 19 ---
 
 # POLLERR and POLLHUP come unasked.
 FAILED = select.POLLERR | select.POLLHUP | select.POLLNVAL
@@ -4360,11 +4572,13 @@ class Waiter:
         "next_pulse_at",
         "phase_of",
         "pulse_every_s",
+        "slot",
         "upstream",
         "watches",
     )
 
-    def __init__(self, client: AnyEndpoint, control: Control, dead_limit: Limit | None) -> None:
+    def __init__(self, client: AnyEndpoint, control: Control, dead_limit: Limit | None, slot: Slot) -> None:
+        self.slot = slot  # where account is kept of what is waited for
         self.client = client
         self.upstream: AnyEndpoint | None = None
         self.control = control
@@ -4773,6 +4987,47 @@ class Flow:
 class Relay:
     """Relays one request, whose head is known, over one leased upstream connection. One thread, once."""
 
+    __slots__ = (
+        "_head_from",
+        "awaiting_continue",
+        "body_reads",
+        "bounds",
+        "broken",
+        "client",
+        "client_fin",
+        "client_hung_up",
+        "client_read_watch",
+        "client_write_watch",
+        "close_client",
+        "ended_at",
+        "events",
+        "first_byte_at",
+        "guarded",
+        "head_octets",
+        "last_byte_at",
+        "memory",
+        "message_stream",
+        "pipes",
+        "prepared",
+        "proxy_name",
+        "request",
+        "request_head",
+        "request_id",
+        "residue",
+        "response",
+        "response_head",
+        "sent_at",
+        "settings",
+        "tunnel",
+        "tunnel_watch",
+        "upstream",
+        "upstream_head_watch",
+        "upstream_read_watch",
+        "upstream_usable",
+        "upstream_write_watch",
+        "waiter",
+    )
+
     def __init__(
         self,
         settings: Settings,
@@ -4816,6 +5071,7 @@ class Relay:
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
         self._head_from = ENDLESS  # what response.written was when the final head was queued
+        self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
@@ -4970,6 +5226,7 @@ class Relay:
                 upstream_events |= WRITABLE
             if waiter.watches:
                 self._set_watches(now, client_events, upstream_events)
+            self._note_progress()
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
             if client.unflushed and client_ready & WRITABLE:
                 self._flush_endpoint(client)
@@ -4993,6 +5250,21 @@ class Relay:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
+
+    def _note_progress(self) -> None:
+        """Leave word of how far it has come: with each turn of the loop, as any of its waits may be the last."""
+        request, response, head = self.request, self.response, self.response_head
+        self.waiter.slot.progress(
+            self.phase_of(Side.PROXY, Operation.READ),
+            0 if head is None or response.written <= self._head_from else head.status,
+            None if head is None else head.section.content_length,
+            request.read,
+            response.written,
+            response.read + len(self.head_octets),
+            request.written,
+            request.relayed_content(),
+            response.relayed_content(),
+        )
 
     def _set_watches(self, now: float, client_events: int, upstream_events: int) -> None:
         """Let the timeouts run whose event is polled for, and the others rest."""
@@ -5393,13 +5665,12 @@ class Relay:
         )
         if not prepared.keep_alive:
             self.upstream_usable = False
-        # An answer before the request is through: the rest of the request will not be read to its end.
-        if (
-            framing.ends_with_connection
-            or response.dechunk
-            or not self.request.framing.complete
-            or self.waiter.control.draining
-        ):
+        if framing.ends_with_connection or response.dechunk:
+            self.close_client = True
+            if not response.enchunk:
+                self._guard(self.client)
+        elif not self.request.framing.complete or self.waiter.control.draining:
+            # An answer before the request is through: the rest of the request will not be read to its end.
             self.close_client = True
         if self.close_client:
             connection = b"Connection: close\r\n"
@@ -5510,6 +5781,9 @@ class Relay:
         request.finished = False
         response.framing = ConnectionFraming()
         self._note("upstream", "tunnel")
+        assert self.upstream is not None
+        self._guard(self.client)
+        self._guard(self.upstream)
         limit = self.settings.tunnel_timeout
         if limit is not None:
             self.tunnel_watch = Watch(limit, None)
@@ -5585,6 +5859,19 @@ class Relay:
                 self.upstream_read_watch.progress(now)
             self._flush_response(now)
 
+    def _guard(self, endpoint: AnyEndpoint) -> None:
+        """Let a message that ends with its connection end in a reset, for as long as it is not whole: whoever closes
+        the socket, be it the kernel after this process was killed.
+        """
+        if endpoint.sock.family != socket.AF_UNIX:
+            reset_on_close(endpoint.sock)
+            self.guarded.append(endpoint)
+
+    def unguard(self) -> None:
+        """What ends with its connection is whole, or was not begun."""
+        while self.guarded:
+            fin_on_close(self.guarded.pop().sock)
+
     def _release_pipe(self, flow: Flow) -> None:
         if flow.pipe is not None:
             self.pipes.give(flow.pipe)
@@ -5640,7 +5927,7 @@ between.
 """
 
 
-# --- proxy/record.py, line 29 ---
+# --- proxy/record.py, line 31 ---
 
 # User information, and query fields whose values are secrets by name.
 _SECRET_FIELDS = re.compile(
@@ -5710,12 +5997,14 @@ _EVENT_INDEX = {"request.complete": COMPLETE, "request.reject": REJECT, "request
 class ConnectionNotes:
     """What all records of a client connection say alike."""
 
-    __slots__ = ("client", "client_text", "connection_id", "fields_text", "pid")
+    __slots__ = ("client", "client_text", "connection_id", "fields_text", "pid", "slot")
 
-    def __init__(self, connection_id: str, client: str, pid: int) -> None:
+    def __init__(self, connection_id: str, client: str, pid: int, slot: Slot) -> None:
+        """``slot`` keeps account of the request in flight, should the worker die."""
         self.connection_id = connection_id
         self.client = client
         self.pid = pid
+        self.slot = slot
         # Ready for a line of JSON, as they are in every one.
         self.client_text = _quote(client)[1:-1]
         self.fields_text = f'"connection_id":"{connection_id}","pid":{pid},"client":{_quote(client)}'
@@ -5805,6 +6094,7 @@ class Record:
             event, level = "request.reject", "warning"
         else:
             event, level = "request.abort", "warning"
+        self.about.slot.end()
         self._tally.add(_EVENT_INDEX[event])
         try:
             if abort is None:
@@ -6146,6 +6436,50 @@ class Record:
         return f"{counts['response_body']:,}{of} bytes of the response had gone to {client}{unread}{doing}"
 
 
+def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[str, object]:
+    """The record of a request whose worker, ``pid``, has ended, ``how`` says how: what it last noted of the request.
+
+    Returns: the fields of ``request.abort``.
+    """
+    abort = Abort(Side.PROXY, request.phase, None, cause)
+    method = printable(request.method) if request.method is not None else None
+    target = printable(mask_secrets(request.target)) if request.target is not None else None
+    what = f"{method} {target}"[:300] if method is not None else "a request"
+    duration_s = time.monotonic() - request.first_at
+    counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
+    message = (
+        f"the proxy's worker process {pid} ended {how}, which ended {what} after {duration_s:.1f} s:"
+        f" {counts['request_body']:,} bytes of its content had gone from client {request.client}"
+        f" to upstream {request.upstream or '(none yet)'}, {counts['response_body']:,} bytes of the response's back"
+    )
+    return {
+        "message": message,
+        # Where it is not known nobody has been told of it either.
+        "request_id": request.request_id or os.urandom(10).hex(),
+        "connection_id": request.connection_id,
+        "pid": pid,
+        "client": request.client,
+        "upstream": request.upstream,
+        "method": method,
+        "target": target,
+        "status": request.status,
+        "bytes": counts,
+        "expected": {"request_body": request.expected_request, "response_body": request.expected_response},
+        "duration_s": round(duration_s, 6),
+        "timing_s": {},
+        "side": abort.side.value,
+        "phase": abort.phase.value,
+        "operation": None,
+        "cause": abort.cause.value,
+        "limit": None,
+        "error_type": abort.error_type,
+        "exception": None,
+        "stalled_s": {},
+        "socket": {"client": None, "upstream": None},
+        "events": [],
+    }
+
+
 def _unacknowledged(evidence: dict[str, object] | None) -> str:
     """Returns: what is to be added where octets were written to a socket and are not known to have arrived."""
     count = evidence["unacked_bytes"] if evidence is not None else 0
@@ -6226,7 +6560,7 @@ place that asks the kernel for evidence, closes upstream, and answers the client
 """
 
 
-# --- proxy/exchange.py, line 45 ---
+# --- proxy/exchange.py, line 46 ---
 
 _HEAD_READ = 64 * 1024
 # RFC 9110 §9.2.2
@@ -6259,6 +6593,7 @@ class Worker:
     pool: AnyPool
     server_tls: ssl.SSLContext | None
     pipes: PipeStore
+    slots: SlotStore
     bounds: dict[str, Bound]  # bounds by the names that MalformedMessage uses
     pid: int
     ids: "itertools.count[int]"
@@ -6276,7 +6611,13 @@ class Worker:
 
 
 def make_worker(
-    settings: Settings, log: EventLog, tally: Tally, control: Control, pool: AnyPool, server_tls: ssl.SSLContext | None
+    settings: Settings,
+    log: EventLog,
+    tally: Tally,
+    control: Control,
+    pool: AnyPool,
+    server_tls: ssl.SSLContext | None,
+    slots: SlotStore,
 ) -> Worker:
     """Put together what connections share. Call it in the process that serves them."""
     return Worker(
@@ -6287,6 +6628,7 @@ def make_worker(
         pool=pool,
         server_tls=server_tls,
         pipes=PipeStore(),
+        slots=slots,
         bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", MAX_FIELDS, "default")},
         pid=os.getpid(),
         ids=itertools.count(1),
@@ -6339,7 +6681,8 @@ class ClientConnection:
         self.overflow = overflow
         self.connection_id = worker.next_id()
         self.began_at = time.monotonic()
-        self._notes = ConnectionNotes(self.connection_id, name, worker.pid)
+        slot = worker.slots.take(self.connection_id, name)  # given back at the end of ``serve``
+        self._notes = ConnectionNotes(self.connection_id, name, worker.pid, slot)
         dead = settings.peer_dead_timeout
         pulse = PeerPulse(dead.seconds) if dead is not None and worker.watches_pulse else None
         self.client: AnyEndpoint
@@ -6347,7 +6690,7 @@ class ClientConnection:
             self.client = Endpoint(sock, Side.CLIENT, name, pulse)
         else:
             self.client = TlsEndpoint(sock, Side.CLIENT, name, pulse, worker.server_tls, None)
-        self.waiter = Waiter(self.client, worker.control, dead)
+        self.waiter = Waiter(self.client, worker.control, dead, slot)
         self._memory = SectionMemory(worker.sections)
         self._residue = b""  # read from the client and not yet parsed
         self._context = ForwardingContext(
@@ -6372,6 +6715,7 @@ class ClientConnection:
             self._end()
         finally:
             self.client.close()
+            self.worker.slots.give(self.waiter.slot)
             # Breaks the circle connection, waiter, relay: without it, buffers and TLS state wait for the collector,
             # which counts neither and comes late.
             self.waiter.forget_phases()
@@ -6583,6 +6927,7 @@ class ClientConnection:
                 watching = True
                 waiter.phase_of = _request_head_phase
                 self._watch_head(record.first_at, Operation.READ)
+            waiter.slot.begin(record.first_at, len(octets))
             scanned_from = max(0, len(octets) - 3)
             octets += self._read_more()
         head_octets = octets[: head_end + 4]
@@ -6679,6 +7024,7 @@ class ClientConnection:
         request_id = record.request_id.encode("ascii")
         head_octets = serialize_request(head, prepared, request_id)
         waiter = self.waiter
+        slot = waiter.slot
         client_read = client_write = None
         if self.worker.client_limits:
             client_read, client_write = self._client_watches(record, head, body)
@@ -6704,6 +7050,7 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
+                slot.describe(record.first_at, head, request_id, "", len(body), 0)
                 try:
                     self._connect(connection, head)
                 except Abort:
@@ -6720,6 +7067,7 @@ class ClientConnection:
                 relay.residue = b""
                 relay.attach(upstream, connection.memory, head_octets, body, now)
                 behind = len(relay.residue)
+                slot.describe(record.first_at, head, request_id, upstream.name, relay.request.read, relay.request.end)
                 relay.run()
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
@@ -6733,6 +7081,8 @@ class ClientConnection:
                 relay.release()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
                 continue
+            if relay.guarded:
+                relay.unguard()
             self._return_lease(relay, connection, pool)
             return
 
@@ -6971,6 +7321,8 @@ class ClientConnection:
                 # A part of the response is out, though no octet of it counts as written: only an end can follow.
                 self._close_mode = "cut"
             elif abort.status is not None:
+                if relay is not None:
+                    relay.unguard()
                 self._answer(record, abort, abort.status)
                 self._close_mode = "linger"
             return
@@ -7186,7 +7538,7 @@ Decides which thread serves a connection and how many there may be. What happens
 # A thread that has nothing to do waits in accept; more than this many would only take memory.
 _MAX_IDLE_THREADS = 64
 # Connections beyond --max-connections that are told so with a 503; what comes beyond these is closed at once.
-_MAX_OVERFLOW = 64
+MAX_OVERFLOW = 64
 # Python frames are on the heap; the stack is for OpenSSL and the resolver.
 _STACK_BYTES = 512 * 1024
 _ACCEPT_PAUSE_S = 0.1
@@ -7325,7 +7677,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _enter_overflow(self) -> bool:
         with self._lock:
-            if self._overflow >= _MAX_OVERFLOW:
+            if self._overflow >= MAX_OVERFLOW:
                 return False
             self._overflow += 1
             return True
@@ -7428,7 +7780,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 """
 
 
-# --- proxy/workers.py, line 31 ---
+# --- proxy/workers.py, line 33 ---
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
@@ -7594,6 +7946,7 @@ class WorkerProcess:
         counts: SharedCounts,
         contexts: Contexts,
         control_fd: int,
+        in_flight: InFlightTable,
     ) -> None:
         self.index = index
         self.settings = settings
@@ -7611,6 +7964,7 @@ class WorkerProcess:
             self.control,
             upstream_pool(settings, contexts.upstream),
             contexts.server,
+            in_flight.slots(index),
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 
@@ -7770,6 +8124,8 @@ class Supervisor:
         self.listeners = listeners
         self.where = where
         self.counts = SharedCounts(settings.workers)
+        # Connections beyond the limit have theirs while they wait to be told so.
+        self.in_flight = InFlightTable(settings.workers, settings.max_connections.value + MAX_OVERFLOW)
         self.pids: dict[int, int] = {}  # pid to index
         self.pipes: dict[int, int] = {}  # index to the writing end of its control pipe
         self.restart_at: dict[int, float] = {}
@@ -7777,6 +8133,7 @@ class Supervisor:
         self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
         self.stopping = False
         self.ending = False
+        self.killed = False  # workers that had not ended
         self.kill_at: float | None = None  # when workers that have not ended are killed
         self.wake = (-1, -1)  # signals arrive here
 
@@ -7820,6 +8177,7 @@ class Supervisor:
             self._reap()
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
                 self.kill_at = None
+                self.killed = True
                 for pid in self.pids:
                     os.kill(pid, signal.SIGKILL)
             for index, at in list(self.restart_at.items()):
@@ -7902,7 +8260,7 @@ class Supervisor:
                 listener = self.listeners[index % len(self.listeners)]
                 try:
                     worker = WorkerProcess(
-                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end
+                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end, self.in_flight
                     )
                 except OSError as error:
                     if report_to is None:
@@ -7974,29 +8332,45 @@ class Supervisor:
             if index is None:
                 continue
             os.close(self.pipes.pop(index))
+            how = (
+                f"by signal {-os.waitstatus_to_exitcode(status)}"
+                if os.WIFSIGNALED(status)
+                else f"with status {os.WEXITSTATUS(status)}"
+            )
+            left = self._write_records(index, pid, how)
             if status or not self.stopping:
-                self._mourn(index, pid, status)
+                self._mourn(index, pid, status, how, left)
 
-    def _mourn(self, index: int, pid: int, status: int) -> None:
-        """A worker died unasked: say what was lost with it, and start another unless all are to end."""
+    def _write_records(self, index: int, pid: int, how: str) -> int:
+        """Write the records that a worker can't write any more. Returns: how many there were."""
+        cells = Tally(self.counts.slot(index))
+        left = self.in_flight.left_by(index)
+        overdue = self.stopping and (self.killed or how == "with status 0")
+        cause = Cause.SHUTDOWN if overdue else Cause.INTERNAL
+        for request in left:
+            self.log.event("warning", "request.abort", **left_in_flight(request, cause, pid, how))
+            cells.add(ABORT)
+        return len(left)
+
+    def _mourn(self, index: int, pid: int, status: int, how: str, left: int) -> None:
+        """A worker died unasked: say so, and start another unless all are to end."""
         cells = Tally(self.counts.slot(index))
         counts = cells.counts()
         lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
         cells.set(CONNECTIONS, 0)
-        how = (
-            f"by signal {-os.waitstatus_to_exitcode(status)}"
-            if os.WIFSIGNALED(status)
-            else f"with status {os.WEXITSTATUS(status)}"
-        )
         then = "in the drain" if self.stopping else "and is started again"
         pause_s = _RESTART_PAUSE_S if time.monotonic() - self.started_at[index] < 10 else 0.0
         self.log.event(
             "error",
             "worker.exit",
-            message=f"worker {index} ended {how} {then}; {lost} requests were lost without a record",
+            message=(
+                f"worker {index} ended {how} {then}; {left} requests in flight ended with it"
+                + (f", and {lost} more of which nothing is known" if lost else "")
+            ),
             pid=pid,
             worker=index,
             status=os.waitstatus_to_exitcode(status),
+            aborted_requests=left,
             lost_requests=lost,
         )
         self.lost[index] = self.lost.get(index, 0) + lost

@@ -23,6 +23,7 @@ from .fields import ForwardingContext, PreparedRequest, max_forwards, prepare_re
 from .framing import request_framing
 from .grammar import MAX_FIELDS, REQUEST_LINE, MalformedMessage
 from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head, parse_request_line
+from .inflight import SlotStore
 from .kernel import (
     POLLRDHUP,
     PeerPulse,
@@ -73,6 +74,7 @@ class Worker:
     pool: AnyPool
     server_tls: ssl.SSLContext | None
     pipes: PipeStore
+    slots: SlotStore
     bounds: dict[str, Bound]  # bounds by the names that MalformedMessage uses
     pid: int
     ids: "itertools.count[int]"
@@ -90,7 +92,13 @@ class Worker:
 
 
 def make_worker(
-    settings: Settings, log: EventLog, tally: Tally, control: Control, pool: AnyPool, server_tls: ssl.SSLContext | None
+    settings: Settings,
+    log: EventLog,
+    tally: Tally,
+    control: Control,
+    pool: AnyPool,
+    server_tls: ssl.SSLContext | None,
+    slots: SlotStore,
 ) -> Worker:
     """Put together what connections share. Call it in the process that serves them."""
     return Worker(
@@ -101,6 +109,7 @@ def make_worker(
         pool=pool,
         server_tls=server_tls,
         pipes=PipeStore(),
+        slots=slots,
         bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", MAX_FIELDS, "default")},
         pid=os.getpid(),
         ids=itertools.count(1),
@@ -153,7 +162,8 @@ class ClientConnection:
         self.overflow = overflow
         self.connection_id = worker.next_id()
         self.began_at = time.monotonic()
-        self._notes = ConnectionNotes(self.connection_id, name, worker.pid)
+        slot = worker.slots.take(self.connection_id, name)  # given back at the end of ``serve``
+        self._notes = ConnectionNotes(self.connection_id, name, worker.pid, slot)
         dead = settings.peer_dead_timeout
         pulse = PeerPulse(dead.seconds) if dead is not None and worker.watches_pulse else None
         self.client: AnyEndpoint
@@ -161,7 +171,7 @@ class ClientConnection:
             self.client = Endpoint(sock, Side.CLIENT, name, pulse)
         else:
             self.client = TlsEndpoint(sock, Side.CLIENT, name, pulse, worker.server_tls, None)
-        self.waiter = Waiter(self.client, worker.control, dead)
+        self.waiter = Waiter(self.client, worker.control, dead, slot)
         self._memory = SectionMemory(worker.sections)
         self._residue = b""  # read from the client and not yet parsed
         self._context = ForwardingContext(
@@ -186,6 +196,7 @@ class ClientConnection:
             self._end()
         finally:
             self.client.close()
+            self.worker.slots.give(self.waiter.slot)
             # Breaks the circle connection, waiter, relay: without it, buffers and TLS state wait for the collector,
             # which counts neither and comes late.
             self.waiter.forget_phases()
@@ -397,6 +408,7 @@ class ClientConnection:
                 watching = True
                 waiter.phase_of = _request_head_phase
                 self._watch_head(record.first_at, Operation.READ)
+            waiter.slot.begin(record.first_at, len(octets))
             scanned_from = max(0, len(octets) - 3)
             octets += self._read_more()
         head_octets = octets[: head_end + 4]
@@ -493,6 +505,7 @@ class ClientConnection:
         request_id = record.request_id.encode("ascii")
         head_octets = serialize_request(head, prepared, request_id)
         waiter = self.waiter
+        slot = waiter.slot
         client_read = client_write = None
         if self.worker.client_limits:
             client_read, client_write = self._client_watches(record, head, body)
@@ -518,6 +531,7 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
+                slot.describe(record.first_at, head, request_id, "", len(body), 0)
                 try:
                     self._connect(connection, head)
                 except Abort:
@@ -534,6 +548,7 @@ class ClientConnection:
                 relay.residue = b""
                 relay.attach(upstream, connection.memory, head_octets, body, now)
                 behind = len(relay.residue)
+                slot.describe(record.first_at, head, request_id, upstream.name, relay.request.read, relay.request.end)
                 relay.run()
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
@@ -547,6 +562,8 @@ class ClientConnection:
                 relay.release()
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
                 continue
+            if relay.guarded:
+                relay.unguard()
             self._return_lease(relay, connection, pool)
             return
 
@@ -785,6 +802,8 @@ class ClientConnection:
                 # A part of the response is out, though no octet of it counts as written: only an end can follow.
                 self._close_mode = "cut"
             elif abort.status is not None:
+                if relay is not None:
+                    relay.unguard()
                 self._answer(record, abort, abort.status)
                 self._close_mode = "linger"
             return

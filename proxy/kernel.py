@@ -380,6 +380,11 @@ def reset_on_close(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def fin_on_close(sock: socket.socket) -> None:
+    """Take ``reset_on_close`` back."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+
+
 def raise_file_limit() -> tuple[int, int]:
     """Raise the soft limit of open files to the hard one.
 

@@ -9,6 +9,7 @@ between.
 import collections.abc
 import errno
 import json
+import os
 import re
 import socket
 import ssl
@@ -21,6 +22,7 @@ import typing
 from .aborts import Abort
 from .framing import NO_BODY
 from .head import RequestHead
+from .inflight import InFlight, Slot
 from .limits import Bound, Limit
 from .log import SCHEMA_VERSION, EventLog, timestamp
 from .relay import Relay
@@ -94,12 +96,14 @@ _EVENT_INDEX = {"request.complete": COMPLETE, "request.reject": REJECT, "request
 class ConnectionNotes:
     """What all records of a client connection say alike."""
 
-    __slots__ = ("client", "client_text", "connection_id", "fields_text", "pid")
+    __slots__ = ("client", "client_text", "connection_id", "fields_text", "pid", "slot")
 
-    def __init__(self, connection_id: str, client: str, pid: int) -> None:
+    def __init__(self, connection_id: str, client: str, pid: int, slot: Slot) -> None:
+        """``slot`` keeps account of the request in flight, should the worker die."""
         self.connection_id = connection_id
         self.client = client
         self.pid = pid
+        self.slot = slot
         # Ready for a line of JSON, as they are in every one.
         self.client_text = _quote(client)[1:-1]
         self.fields_text = f'"connection_id":"{connection_id}","pid":{pid},"client":{_quote(client)}'
@@ -189,6 +193,7 @@ class Record:
             event, level = "request.reject", "warning"
         else:
             event, level = "request.abort", "warning"
+        self.about.slot.end()
         self._tally.add(_EVENT_INDEX[event])
         try:
             if abort is None:
@@ -528,6 +533,50 @@ class Record:
         of = f" of {length:,}" if length is not None else ""
         unread = _unacknowledged(self.client_evidence)
         return f"{counts['response_body']:,}{of} bytes of the response had gone to {client}{unread}{doing}"
+
+
+def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[str, object]:
+    """The record of a request whose worker, ``pid``, has ended, ``how`` says how: what it last noted of the request.
+
+    Returns: the fields of ``request.abort``.
+    """
+    abort = Abort(Side.PROXY, request.phase, None, cause)
+    method = printable(request.method) if request.method is not None else None
+    target = printable(mask_secrets(request.target)) if request.target is not None else None
+    what = f"{method} {target}"[:300] if method is not None else "a request"
+    duration_s = time.monotonic() - request.first_at
+    counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
+    message = (
+        f"the proxy's worker process {pid} ended {how}, which ended {what} after {duration_s:.1f} s:"
+        f" {counts['request_body']:,} bytes of its content had gone from client {request.client}"
+        f" to upstream {request.upstream or '(none yet)'}, {counts['response_body']:,} bytes of the response's back"
+    )
+    return {
+        "message": message,
+        # Where it is not known nobody has been told of it either.
+        "request_id": request.request_id or os.urandom(10).hex(),
+        "connection_id": request.connection_id,
+        "pid": pid,
+        "client": request.client,
+        "upstream": request.upstream,
+        "method": method,
+        "target": target,
+        "status": request.status,
+        "bytes": counts,
+        "expected": {"request_body": request.expected_request, "response_body": request.expected_response},
+        "duration_s": round(duration_s, 6),
+        "timing_s": {},
+        "side": abort.side.value,
+        "phase": abort.phase.value,
+        "operation": None,
+        "cause": abort.cause.value,
+        "limit": None,
+        "error_type": abort.error_type,
+        "exception": None,
+        "stalled_s": {},
+        "socket": {"client": None, "upstream": None},
+        "events": [],
+    }
 
 
 def _unacknowledged(evidence: dict[str, object] | None) -> str:

@@ -23,7 +23,7 @@ from .fields import PreparedRequest, prepare_response, serialize_response, upgra
 from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, Octets, response_framing
 from .grammar import MalformedMessage
 from .head import RequestHead, ResponseHead, SectionMemory, check_partial_response_head, parse_response_head
-from .kernel import POLLRDHUP, SplicePipe
+from .kernel import POLLRDHUP, SplicePipe, fin_on_close, reset_on_close
 from .limits import Bound, Limit, Watch
 from .vocabulary import Cause, Operation, Phase, Side
 from .waiting import FAILED, HUNG_UP, TimedWatch, Waiter
@@ -196,6 +196,47 @@ class Flow:
 class Relay:
     """Relays one request, whose head is known, over one leased upstream connection. One thread, once."""
 
+    __slots__ = (
+        "_head_from",
+        "awaiting_continue",
+        "body_reads",
+        "bounds",
+        "broken",
+        "client",
+        "client_fin",
+        "client_hung_up",
+        "client_read_watch",
+        "client_write_watch",
+        "close_client",
+        "ended_at",
+        "events",
+        "first_byte_at",
+        "guarded",
+        "head_octets",
+        "last_byte_at",
+        "memory",
+        "message_stream",
+        "pipes",
+        "prepared",
+        "proxy_name",
+        "request",
+        "request_head",
+        "request_id",
+        "residue",
+        "response",
+        "response_head",
+        "sent_at",
+        "settings",
+        "tunnel",
+        "tunnel_watch",
+        "upstream",
+        "upstream_head_watch",
+        "upstream_read_watch",
+        "upstream_usable",
+        "upstream_write_watch",
+        "waiter",
+    )
+
     def __init__(
         self,
         settings: Settings,
@@ -239,6 +280,7 @@ class Relay:
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
         self._head_from = ENDLESS  # what response.written was when the final head was queued
+        self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
@@ -393,6 +435,7 @@ class Relay:
                 upstream_events |= WRITABLE
             if waiter.watches:
                 self._set_watches(now, client_events, upstream_events)
+            self._note_progress()
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
             if client.unflushed and client_ready & WRITABLE:
                 self._flush_endpoint(client)
@@ -416,6 +459,21 @@ class Relay:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
+
+    def _note_progress(self) -> None:
+        """Leave word of how far it has come: with each turn of the loop, as any of its waits may be the last."""
+        request, response, head = self.request, self.response, self.response_head
+        self.waiter.slot.progress(
+            self.phase_of(Side.PROXY, Operation.READ),
+            0 if head is None or response.written <= self._head_from else head.status,
+            None if head is None else head.section.content_length,
+            request.read,
+            response.written,
+            response.read + len(self.head_octets),
+            request.written,
+            request.relayed_content(),
+            response.relayed_content(),
+        )
 
     def _set_watches(self, now: float, client_events: int, upstream_events: int) -> None:
         """Let the timeouts run whose event is polled for, and the others rest."""
@@ -816,13 +874,12 @@ class Relay:
         )
         if not prepared.keep_alive:
             self.upstream_usable = False
-        # An answer before the request is through: the rest of the request will not be read to its end.
-        if (
-            framing.ends_with_connection
-            or response.dechunk
-            or not self.request.framing.complete
-            or self.waiter.control.draining
-        ):
+        if framing.ends_with_connection or response.dechunk:
+            self.close_client = True
+            if not response.enchunk:
+                self._guard(self.client)
+        elif not self.request.framing.complete or self.waiter.control.draining:
+            # An answer before the request is through: the rest of the request will not be read to its end.
             self.close_client = True
         if self.close_client:
             connection = b"Connection: close\r\n"
@@ -933,6 +990,9 @@ class Relay:
         request.finished = False
         response.framing = ConnectionFraming()
         self._note("upstream", "tunnel")
+        assert self.upstream is not None
+        self._guard(self.client)
+        self._guard(self.upstream)
         limit = self.settings.tunnel_timeout
         if limit is not None:
             self.tunnel_watch = Watch(limit, None)
@@ -1007,6 +1067,19 @@ class Relay:
             if self.upstream_read_watch is not None:
                 self.upstream_read_watch.progress(now)
             self._flush_response(now)
+
+    def _guard(self, endpoint: AnyEndpoint) -> None:
+        """Let a message that ends with its connection end in a reset, for as long as it is not whole: whoever closes
+        the socket, be it the kernel after this process was killed.
+        """
+        if endpoint.sock.family != socket.AF_UNIX:
+            reset_on_close(endpoint.sock)
+            self.guarded.append(endpoint)
+
+    def unguard(self) -> None:
+        """What ends with its connection is whole, or was not begun."""
+        while self.guarded:
+            fin_on_close(self.guarded.pop().sock)
 
     def _release_pipe(self, flow: Flow) -> None:
         if flow.pipe is not None:

@@ -22,7 +22,7 @@ from .vocabulary import Cause, Phase, Side
 # A thread that has nothing to do waits in accept; more than this many would only take memory.
 _MAX_IDLE_THREADS = 64
 # Connections beyond --max-connections that are told so with a 503; what comes beyond these is closed at once.
-_MAX_OVERFLOW = 64
+MAX_OVERFLOW = 64
 # Python frames are on the heap; the stack is for OpenSSL and the resolver.
 _STACK_BYTES = 512 * 1024
 _ACCEPT_PAUSE_S = 0.1
@@ -161,7 +161,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def _enter_overflow(self) -> bool:
         with self._lock:
-            if self._overflow >= _MAX_OVERFLOW:
+            if self._overflow >= MAX_OVERFLOW:
                 return False
             self._overflow += 1
             return True

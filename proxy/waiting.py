@@ -11,6 +11,7 @@ import time
 
 from .aborts import Abort
 from .endpoint import NO_WAIT, READABLE, AnyEndpoint
+from .inflight import Slot
 from .kernel import POLLRDHUP, acknowledged_progress
 from .limits import Limit, Watch
 from .vocabulary import Cause, Operation, Phase, Side
@@ -70,11 +71,13 @@ class Waiter:
         "next_pulse_at",
         "phase_of",
         "pulse_every_s",
+        "slot",
         "upstream",
         "watches",
     )
 
-    def __init__(self, client: AnyEndpoint, control: Control, dead_limit: Limit | None) -> None:
+    def __init__(self, client: AnyEndpoint, control: Control, dead_limit: Limit | None, slot: Slot) -> None:
+        self.slot = slot  # where account is kept of what is waited for
         self.client = client
         self.upstream: AnyEndpoint | None = None
         self.control = control

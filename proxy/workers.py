@@ -20,12 +20,14 @@ import typing
 
 from .config import ConfigError, Settings, TcpAddress, UnixAddress
 from .exchange import Worker, make_worker
+from .inflight import InFlightTable
 from .kernel import pin_to_core, prepare_listener, raise_file_limit
 from .log import EventLog
-from .record import CONNECTIONS, LOST_LINES, Tally, describe_exception
-from .server import ProxyServer
+from .record import ABORT, CONNECTIONS, LOST_LINES, Tally, describe_exception, left_in_flight
+from .server import MAX_OVERFLOW, ProxyServer
 from .tls import Contexts, read_contexts
 from .upstream import upstream_pool
+from .vocabulary import Cause
 from .waiting import Control
 
 _BACKLOG = 4096
@@ -192,6 +194,7 @@ class WorkerProcess:
         counts: SharedCounts,
         contexts: Contexts,
         control_fd: int,
+        in_flight: InFlightTable,
     ) -> None:
         self.index = index
         self.settings = settings
@@ -209,6 +212,7 @@ class WorkerProcess:
             self.control,
             upstream_pool(settings, contexts.upstream),
             contexts.server,
+            in_flight.slots(index),
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 
@@ -368,6 +372,8 @@ class Supervisor:
         self.listeners = listeners
         self.where = where
         self.counts = SharedCounts(settings.workers)
+        # Connections beyond the limit have theirs while they wait to be told so.
+        self.in_flight = InFlightTable(settings.workers, settings.max_connections.value + MAX_OVERFLOW)
         self.pids: dict[int, int] = {}  # pid to index
         self.pipes: dict[int, int] = {}  # index to the writing end of its control pipe
         self.restart_at: dict[int, float] = {}
@@ -375,6 +381,7 @@ class Supervisor:
         self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
         self.stopping = False
         self.ending = False
+        self.killed = False  # workers that had not ended
         self.kill_at: float | None = None  # when workers that have not ended are killed
         self.wake = (-1, -1)  # signals arrive here
 
@@ -418,6 +425,7 @@ class Supervisor:
             self._reap()
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
                 self.kill_at = None
+                self.killed = True
                 for pid in self.pids:
                     os.kill(pid, signal.SIGKILL)
             for index, at in list(self.restart_at.items()):
@@ -500,7 +508,7 @@ class Supervisor:
                 listener = self.listeners[index % len(self.listeners)]
                 try:
                     worker = WorkerProcess(
-                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end
+                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end, self.in_flight
                     )
                 except OSError as error:
                     if report_to is None:
@@ -572,29 +580,45 @@ class Supervisor:
             if index is None:
                 continue
             os.close(self.pipes.pop(index))
+            how = (
+                f"by signal {-os.waitstatus_to_exitcode(status)}"
+                if os.WIFSIGNALED(status)
+                else f"with status {os.WEXITSTATUS(status)}"
+            )
+            left = self._write_records(index, pid, how)
             if status or not self.stopping:
-                self._mourn(index, pid, status)
+                self._mourn(index, pid, status, how, left)
 
-    def _mourn(self, index: int, pid: int, status: int) -> None:
-        """A worker died unasked: say what was lost with it, and start another unless all are to end."""
+    def _write_records(self, index: int, pid: int, how: str) -> int:
+        """Write the records that a worker can't write any more. Returns: how many there were."""
+        cells = Tally(self.counts.slot(index))
+        left = self.in_flight.left_by(index)
+        overdue = self.stopping and (self.killed or how == "with status 0")
+        cause = Cause.SHUTDOWN if overdue else Cause.INTERNAL
+        for request in left:
+            self.log.event("warning", "request.abort", **left_in_flight(request, cause, pid, how))
+            cells.add(ABORT)
+        return len(left)
+
+    def _mourn(self, index: int, pid: int, status: int, how: str, left: int) -> None:
+        """A worker died unasked: say so, and start another unless all are to end."""
         cells = Tally(self.counts.slot(index))
         counts = cells.counts()
         lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
         cells.set(CONNECTIONS, 0)
-        how = (
-            f"by signal {-os.waitstatus_to_exitcode(status)}"
-            if os.WIFSIGNALED(status)
-            else f"with status {os.WEXITSTATUS(status)}"
-        )
         then = "in the drain" if self.stopping else "and is started again"
         pause_s = _RESTART_PAUSE_S if time.monotonic() - self.started_at[index] < 10 else 0.0
         self.log.event(
             "error",
             "worker.exit",
-            message=f"worker {index} ended {how} {then}; {lost} requests were lost without a record",
+            message=(
+                f"worker {index} ended {how} {then}; {left} requests in flight ended with it"
+                + (f", and {lost} more of which nothing is known" if lost else "")
+            ),
             pid=pid,
             worker=index,
             status=os.waitstatus_to_exitcode(status),
+            aborted_requests=left,
             lost_requests=lost,
         )
         self.lost[index] = self.lost.get(index, 0) + lost

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "proxy"
 LEVELS = {
     0: {"vocabulary", "limits", "grammar", "kernel", "log", "dependencies"},
     1: {"head", "aborts", "config"},
-    2: {"framing", "fields", "endpoint", "reply"},
+    2: {"framing", "fields", "endpoint", "reply", "inflight"},
     3: {"docker", "tls", "waiting"},
     4: {"upstream", "relay"},
     5: {"record"},

@@ -204,7 +204,7 @@ def test_ctrl_c_of_a_terminal_counts_once(gate: Gate, upstream: Upstream) -> Non
 
 
 def test_a_worker_that_is_killed_is_replaced(gate: Gate, upstream: Upstream) -> None:
-    """Its requests are lost, and counted; those of the other worker go on."""
+    """Its requests end, each with its record; those of the other worker go on."""
     with ProxyProcess(upstream.url, "--workers", "2") as proxy:
         wires: list[Wire] = []
         held: dict[int, list[Wire]] = {}
@@ -221,7 +221,8 @@ def test_a_worker_that_is_killed_is_replaced(gate: Gate, upstream: Upstream) -> 
             exit_record = proxy.wait_for(lambda record: record["event"] == "worker.exit")
             assert exit_record["pid"] == victim
             assert exit_record["status"] == -9
-            assert exit_record["lost_requests"] == len(held[victim])
+            assert exit_record["aborted_requests"] == len(held[victim])
+            assert exit_record["lost_requests"] == 0
             assert exit_record["level"] == "error"
             for wire in held[victim]:
                 wire.await_end()
@@ -242,27 +243,26 @@ def test_a_worker_that_is_killed_is_replaced(gate: Gate, upstream: Upstream) -> 
         assert proxy.process.wait(10) == 0
         stop = proxy.records()[-1]
         assert stop["event"] == "server.stop"
-        assert stop["balanced"] is False
-        counts = stop["requests"]
-        ended = counts["complete"] + counts["reject"] + counts["abort"]
-        assert counts["begun"] - ended == len(held[victim])
-        assert counts["complete"] == 30 + len(held[other])
+        assert stop["balanced"] is True
+        assert (stop["requests"]["abort"], stop["requests"]["complete"]) == (len(held[victim]), 30 + len(held[other]))
+        aborted = {record["client"] for record in proxy.requests() if record["event"] == "request.abort"}
+        assert len(aborted) == len(held[victim])
 
 
 def test_a_worker_that_is_killed_in_the_drain_is_told(upstream: Upstream) -> None:
-    """With what was lost, so that the balance is explained; nothing takes its place."""
+    """With what ended with it; nothing takes its place."""
     with ProxyProcess(upstream.url, "--drain-timeout", "30") as proxy, begin(proxy, "/never"):
         (worker,) = proxy.worker_pids()
         proxy.send_signal(signal.SIGTERM)
         proxy.wait_for(lambda record: record["event"] == "server.drain")
         os.kill(worker, signal.SIGKILL)
         assert proxy.process.wait(5) == 0
-        exit_record, stop = proxy.records()[-2:]
-        assert (exit_record["event"], exit_record["pid"], exit_record["lost_requests"]) == ("worker.exit", worker, 1)
-        assert (
-            exit_record["message"] == "worker 0 ended by signal 9 in the drain; 1 requests were lost without a record"
-        )
-        assert (stop["event"], stop["balanced"]) == ("server.stop", False)
+        record, exit_record, stop = proxy.records()[-3:]
+        harness.check_record(record)
+        assert (record["event"], record["side"], record["cause"]) == ("request.abort", "proxy", "internal")
+        assert (exit_record["event"], exit_record["pid"]) == ("worker.exit", worker)
+        assert exit_record["message"] == "worker 0 ended by signal 9 in the drain; 1 requests in flight ended with it"
+        assert (stop["event"], stop["balanced"]) == ("server.stop", True)
 
 
 def test_a_worker_that_cannot_be_started_again_is_tried_again(upstream: Upstream) -> None:

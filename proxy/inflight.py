@@ -1,0 +1,207 @@
+"""What each request in flight is and how far it has come, in memory that outlives the worker process.
+
+A worker that is killed (``kill -9``, out of memory, a crash of the interpreter) can't write the records of its
+requests. So it keeps what the process above needs to write them: one slot for each client connection. What the record
+says is decided in ``record``.
+
+Invariant: a slot is written by the one thread that holds the connection, and read by the process above only when the
+worker has ended.
+"""
+
+import dataclasses
+import mmap
+import struct
+
+from .head import RequestHead
+from .vocabulary import Phase
+
+# A slot begins with whether a request is in flight, and when its first byte came; then phase, status (0: none),
+# announced length of the body of its response (-1: none), six counts as in the field "bytes", and its id.
+_STATE = struct.Struct("=B7xdBxH4xq6Q128s")
+# What is written while it runs.
+_PROGRESS_AT, _PROGRESS = 16, struct.Struct("=BxH4xq6Q")
+# Behind it what is the same in one request after the other: announced length of its body (-1: none), upstream, method,
+# target, each with its size before it; last the id of the connection, and the client.
+_HEAD_AT, _HEAD = 208, struct.Struct("=qHHH")
+_CONNECTION_AT, _CONNECTION = 222, struct.Struct("=HH")
+_CONNECTION_TEXT_AT = 226
+_HEAD_TEXT_AT = 400
+_ROOM = 1024
+# Requests on connections beyond these are counted where a worker dies, and not described.
+_MOST_SLOTS = 4096 + 128
+_PHASES = tuple(Phase)
+_NUMBERS = {phase: number for number, phase in enumerate(_PHASES)}
+_HEAD_PHASE = _NUMBERS[Phase.REQUEST_HEAD]
+_CONNECT_PHASE = _NUMBERS[Phase.CONNECT]
+_ANSWER_PHASE = _NUMBERS[Phase.RESPONSE_HEAD]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InFlight:
+    """A request that was in flight when its worker died; None is what its head had not told yet, or what was not."""
+
+    connection_id: str
+    client: str
+    first_at: float  # on the monotonic clock, which all processes share
+    phase: Phase
+    status: int | None
+    request_id: str | None
+    upstream: str | None
+    method: bytes | None
+    target: bytes | None
+    expected_request: int | None
+    expected_response: int | None
+    client_read: int
+    client_written: int
+    upstream_read: int
+    upstream_written: int
+    request_body: int
+    response_body: int
+
+
+class Slot:
+    """Where one client connection keeps account of its request in flight."""
+
+    __slots__ = ("_at", "_head", "_memory", "_upstream", "is_shared")
+
+    def __init__(self, memory: mmap.mmap | bytearray, at: int, *, is_shared: bool) -> None:
+        """``at`` is where in ``memory`` it begins."""
+        self._memory = memory
+        self._at = at
+        self.is_shared = is_shared
+        self._head: RequestHead | None = None  # what the text speaks of
+        self._upstream = ""
+
+    def hold(self, connection_id: str, client: str) -> None:
+        """A connection takes this slot."""
+        memory, at = self._memory, self._at
+        self._head = None
+        name = client.encode("utf-8", "surrogateescape")
+        text = (connection_id.encode("ascii") + name)[: _HEAD_TEXT_AT - _CONNECTION_TEXT_AT]
+        _CONNECTION.pack_into(memory, at + _CONNECTION_AT, len(connection_id), len(text))
+        memory[at + _CONNECTION_TEXT_AT : at + _CONNECTION_TEXT_AT + len(text)] = text
+
+    def begin(self, first_at: float, read: int) -> None:
+        """A request has begun, and its head is waited for; ``read`` octets of it have come."""
+        _STATE.pack_into(self._memory, self._at, 1, first_at, _HEAD_PHASE, 0, -1, read, 0, 0, 0, 0, 0, b"")
+
+    def describe(
+        self, first_at: float, head: RequestHead, request_id: bytes, upstream: str, read: int, written: int
+    ) -> None:
+        """Its head has been read, and ``read`` octets of its body; upstream (empty while there is none) is about to
+        get ``written``.
+        """
+        memory, at = self._memory, self._at
+        if head is not self._head or upstream != self._upstream:
+            self._head = head
+            self._upstream = upstream
+            self._describe_head(head, upstream)
+        phase = _ANSWER_PHASE if upstream else _CONNECT_PHASE
+        _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, head.size + read, 0, 0, written, 0, 0, request_id)
+
+    def _describe_head(self, head: RequestHead, upstream: str) -> None:
+        memory, at = self._memory, self._at
+        name = upstream.encode("utf-8", "surrogateescape")
+        method, target = head.method, head.target
+        text = (name + method + target)[: _ROOM - _HEAD_TEXT_AT]
+        length = head.section.content_length
+        _HEAD.pack_into(memory, at + _HEAD_AT, -1 if length is None else length, len(name), len(method), len(text))
+        memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + len(text)] = text
+
+    def progress(
+        self,
+        phase: Phase,
+        status: int,
+        expected: int | None,
+        read: int,
+        *counts: int,
+    ) -> None:
+        """So far it has come: ``status`` is 0 while none was sent, ``expected`` the announced length of the response's
+        body; ``read`` octets of the client, those of the head apart, and the other counts as in ``InFlight``.
+        """
+        length = -1 if expected is None else expected
+        _PROGRESS.pack_into(
+            self._memory,
+            self._at + _PROGRESS_AT,
+            _NUMBERS[phase],
+            status,
+            length,
+            read if self._head is None else self._head.size + read,
+            *counts,
+        )
+
+    def end(self) -> None:
+        """Its record is about to be written."""
+        self._memory[self._at] = 0
+
+    def read(self) -> InFlight | None:
+        """Returns: the request in flight, None if there is none."""
+        memory, at = self._memory, self._at
+        in_flight, first_at, phase, status, expected_response, *counts, request_id = _STATE.unpack_from(memory, at)
+        if not in_flight:
+            return None
+        id_size, size = _CONNECTION.unpack_from(memory, at + _CONNECTION_AT)
+        connection = bytes(memory[at + _CONNECTION_TEXT_AT : at + _CONNECTION_TEXT_AT + size])
+        expected_request, name_size, method_size, size = _HEAD.unpack_from(memory, at + _HEAD_AT)
+        text = bytes(memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + size])
+        known = phase != _HEAD_PHASE
+        return InFlight(
+            connection[:id_size].decode("ascii"),
+            connection[id_size:].decode("utf-8", "surrogateescape"),
+            first_at,
+            _PHASES[phase],
+            status or None,
+            request_id.rstrip(b"\0").decode("ascii") if known else None,
+            text[:name_size].decode("utf-8", "surrogateescape") if known and name_size else None,
+            text[name_size : name_size + method_size] if known else None,
+            text[name_size + method_size :] if known else None,
+            expected_request if known and expected_request >= 0 else None,
+            expected_response if known and expected_response >= 0 else None,
+            *counts,
+        )
+
+
+class SlotStore:
+    """The free slots of one worker. Made in the worker: what an earlier process in its place held is free again."""
+
+    def __init__(self, memory: mmap.mmap, first: int, count: int) -> None:
+        """Take the slots ``first`` to ``first + count`` of ``memory``."""
+        self._free = [Slot(memory, (first + number) * _ROOM, is_shared=True) for number in range(count)]
+
+    def take(self, connection_id: str, client: str) -> Slot:
+        """Returns: a slot for a connection; where none is free, one that nobody else ever sees."""
+        try:
+            slot = self._free.pop()
+        except IndexError:
+            slot = Slot(bytearray(_ROOM), 0, is_shared=False)
+        slot.hold(connection_id, client)
+        return slot
+
+    def give(self, slot: Slot) -> None:
+        """Take back the slot of a connection that has ended."""
+        if slot.is_shared:
+            self._free.append(slot)
+
+
+class InFlightTable:
+    """The slots of all workers. Made by the process above, before it forks."""
+
+    def __init__(self, workers: int, most_connections: int) -> None:
+        """``most_connections`` is what one worker may hold at once."""
+        self._each = min(most_connections, _MOST_SLOTS)
+        self._memory = mmap.mmap(-1, workers * self._each * _ROOM)  # a page takes memory when first written to
+
+    def slots(self, worker: int) -> SlotStore:
+        """Returns: the slots of one worker. Call it in that worker."""
+        return SlotStore(self._memory, worker * self._each, self._each)
+
+    def left_by(self, worker: int) -> list[InFlight]:
+        """Returns: what was in flight in a worker that has ended. Empties its slots."""
+        found = []
+        for number in range(worker * self._each, (worker + 1) * self._each):
+            slot = Slot(self._memory, number * _ROOM, is_shared=True)
+            request = slot.read()
+            if request is not None:
+                slot.end()
+                found.append(request)
+        return found
