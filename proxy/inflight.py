@@ -18,8 +18,9 @@ from .vocabulary import Phase
 # A slot begins with whether a request is in flight, and when its first byte came; then phase, status (0: none),
 # announced length of the body of its response (-1: none), six counts as in the field "bytes", and its id.
 _STATE = struct.Struct("=B7xdBxH4xq6Q128s")
-# What is written while it runs.
-_PROGRESS_AT, _PROGRESS = 16, struct.Struct("=BxH4xq6Q")
+# What changes while it runs.
+_STAGE_AT, _STAGE = 16, struct.Struct("=BxH4xq")
+_COUNTS_AT, _COUNTS = 32, struct.Struct("=6Q")
 # Behind it what is the same in one request after the other: announced length of its body (-1: none), upstream, method,
 # target, each with its size before it; last the id of the connection, and the client.
 _HEAD_AT, _HEAD = 208, struct.Struct("=qHHH")
@@ -62,14 +63,16 @@ class InFlight:
 class Slot:
     """Where one client connection keeps account of its request in flight."""
 
-    __slots__ = ("_at", "_head", "_memory", "_upstream", "is_shared")
+    __slots__ = ("_at", "_counts_at", "_head", "_head_size", "_memory", "_upstream", "is_shared")
 
     def __init__(self, memory: mmap.mmap | bytearray, at: int, *, is_shared: bool) -> None:
         """``at`` is where in ``memory`` it begins."""
         self._memory = memory
         self._at = at
+        self._counts_at = at + _COUNTS_AT
         self.is_shared = is_shared
         self._head: RequestHead | None = None  # what the text speaks of
+        self._head_size = 0
         self._upstream = ""
 
     def hold(self, connection_id: str, client: str) -> None:
@@ -94,10 +97,11 @@ class Slot:
         memory, at = self._memory, self._at
         if head is not self._head or upstream != self._upstream:
             self._head = head
+            self._head_size = head.size
             self._upstream = upstream
             self._describe_head(head, upstream)
         phase = _ANSWER_PHASE if upstream else _CONNECT_PHASE
-        _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, head.size + read, 0, 0, written, 0, 0, request_id)
+        _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, self._head_size + read, 0, 0, written, 0, 0, request_id)
 
     def _describe_head(self, head: RequestHead, upstream: str) -> None:
         memory, at = self._memory, self._at
@@ -108,26 +112,32 @@ class Slot:
         _HEAD.pack_into(memory, at + _HEAD_AT, -1 if length is None else length, len(name), len(method), len(text))
         memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + len(text)] = text
 
-    def progress(
-        self,
-        phase: Phase,
-        status: int,
-        expected: int | None,
-        read: int,
-        *counts: int,
-    ) -> None:
-        """So far it has come: ``status`` is 0 while none was sent, ``expected`` the announced length of the response's
-        body; ``read`` octets of the client, those of the head apart, and the other counts as in ``InFlight``.
+    def stage(self, phase: Phase, status: int, expected: int | None) -> None:
+        """It has come to ``phase``; ``status`` is 0 and ``expected``, the announced length of the response's body, None
+        until the response head is known.
         """
         length = -1 if expected is None else expected
-        _PROGRESS.pack_into(
+        _STAGE.pack_into(self._memory, self._at + _STAGE_AT, _NUMBERS[phase], status, length)
+
+    def count(
+        self,
+        read: int,
+        client_written: int,
+        upstream_read: int,
+        upstream_written: int,
+        request_body: int,
+        response_body: int,
+    ) -> None:
+        """So far it has come: ``read`` octets of the request's body, the other counts as in ``InFlight``."""
+        _COUNTS.pack_into(
             self._memory,
-            self._at + _PROGRESS_AT,
-            _NUMBERS[phase],
-            status,
-            length,
-            read if self._head is None else self._head.size + read,
-            *counts,
+            self._counts_at,
+            self._head_size + read,
+            client_written,
+            upstream_read,
+            upstream_written,
+            request_body,
+            response_body,
         )
 
     def end(self) -> None:
@@ -150,7 +160,8 @@ class Slot:
             connection[id_size:].decode("utf-8", "surrogateescape"),
             first_at,
             _PHASES[phase],
-            status or None,
+            # Until an octet of it was written, the head that is known has not been sent.
+            status if status and counts[1] else None,
             request_id.rstrip(b"\0").decode("ascii") if known else None,
             text[:name_size].decode("utf-8", "surrogateescape") if known and name_size else None,
             text[name_size : name_size + method_size] if known else None,

@@ -198,6 +198,8 @@ class Relay:
 
     __slots__ = (
         "_head_from",
+        "_noted_finished",
+        "_noted_head",
         "awaiting_continue",
         "body_reads",
         "bounds",
@@ -279,6 +281,8 @@ class Relay:
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
+        self._noted_head: ResponseHead | None = None  # see _note_progress
+        self._noted_finished: bool | None = None
         self._head_from = ENDLESS  # what response.written was when the final head was queued
         self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
@@ -463,16 +467,19 @@ class Relay:
     def _note_progress(self) -> None:
         """Leave word of how far it has come: with each turn of the loop, as any of its waits may be the last."""
         request, response, head = self.request, self.response, self.response_head
-        self.waiter.slot.progress(
-            self.phase_of(Side.PROXY, Operation.READ),
-            0 if head is None or response.written <= self._head_from else head.status,
-            None if head is None else head.section.content_length,
+        slot = self.waiter.slot
+        if self._noted_head is not head or self._noted_finished is not request.finished:
+            self._noted_head = head
+            self._noted_finished = request.finished
+            phase = self.phase_of(Side.PROXY, Operation.READ)
+            slot.stage(phase, head.status if head else 0, head.section.content_length if head else None)
+        slot.count(
             request.read,
             response.written,
-            response.read + len(self.head_octets),
+            response.read,
             request.written,
-            request.relayed_content(),
-            response.relayed_content(),
+            request.relayed_content() if request.pending else request.content_before + request.framing.content,
+            response.relayed_content() if response.pending else response.content_before + response.framing.content,
         )
 
     def _set_watches(self, now: float, client_events: int, upstream_events: int) -> None:
