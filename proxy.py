@@ -57,6 +57,7 @@ import tomllib
 import traceback
 import types
 import typing
+import urllib.parse
 
 __version__ = "0.1.0"
 
@@ -488,7 +489,8 @@ def check_partial_head(octets: bytes, start: int = 0) -> None:
         raise MalformedMessage("this looks like a TLS handshake, but plain HTTP is spoken here", 0, octets[:8])
     at = _find_stray(octets, start - 1 if start and octets[start - 1] == 0x0D else start)
     if at is not None:
-        raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 4) : at + 8])
+        # Alone: what stands around it may be a part of a secret.
+        raise MalformedMessage(_name_stray(octets[at]), at, octets[at : at + 1])
 
 
 def _find_stray(octets: bytes, start: int = 0) -> int | None:
@@ -4349,11 +4351,23 @@ class _LeasedConnection:
         # Keepalive probes are for connections that stand: without the user timeout it is the kernel's own patience.
         limit = self.settings.tcp_user_timeout
         abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error, limit)
+        if first_error.errno == errno.EADDRNOTAVAIL and self._ports_are_used_up(wait):
+            abort = Abort(Side.PROXY, Phase.CONNECT, Operation.CONNECT, Cause.RESOURCE, original=first_error)
         if abort.limit is not None:
             abort.elapsed_s = time.monotonic() - began_at
         if abort.cause is Cause.UNREACHABLE and self.url.scheme == "unix":
             abort.error_type = "destination_unavailable"  # no address is involved that could be unroutable
         raise abort from first_error
+
+    def _ports_are_used_up(self, wait: ConnectWait) -> bool:
+        """Whether this machine has an address to reach upstream from: then EADDRNOTAVAIL says that all local ports for
+        that are taken. A UDP socket finds the address, and needs no port of those of TCP.
+        """
+        for family, address in self._addresses(wait):
+            with socket.socket(family, socket.SOCK_DGRAM) as trial:
+                if not trial.connect_ex(address):
+                    return True
+        return False
 
     def _addresses(self, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
         url = self.url
@@ -5002,6 +5016,7 @@ class Relay:
         "_head_from",
         "_noted_finished",
         "_noted_head",
+        "awaited_from",
         "awaiting_continue",
         "body_reads",
         "bounds",
@@ -5089,6 +5104,7 @@ class Relay:
         self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
+        self.awaited_from: float | None = None  # the answer: since then all was sent, or no more could be
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
         self.ended_at: float | None = None  # as last_byte_at; of a tunnel, the end of the direction that ended last
@@ -5182,11 +5198,11 @@ class Relay:
         response = self.response
         if not self.message_stream or response.pending or not self.head_out:
             return False
-        if not response.framing.content:
-            return response.framing.between_chunks
-        if response.framing.ends_with_connection:
-            return (response.tail or b"").endswith(b"\n")
-        return response.framing.between_chunks and response.tail == b"\n\r\n"
+        framing, tail = response.framing, response.tail
+        if framing.ends_with_connection or response.dechunk:
+            return not tail or tail.endswith(b"\n")
+        # What is undecided is a line of its own, or the end, and the client has not got it.
+        return (framing.between_chunks or framing.undecided > 0) and (not tail or tail == b"\n\r\n")
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -5257,7 +5273,12 @@ class Relay:
                     and not response.finished
                     and (upstream_ready & (upstream.read_event | HUNG_UP) or upstream.has_unread)
                 ):
-                    self._read_upstream(now)
+                    try:
+                        self._read_upstream(now)
+                    except Abort as abort:
+                        if abort.side is Side.UPSTREAM and client_ready & HUNG_UP:
+                            self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
+                        raise
                 if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
                     self._break_request(self._socket_failed(upstream, Operation.WRITE))
             if client_ready or (due_at is not None and client.has_unread):
@@ -5316,10 +5337,10 @@ class Relay:
                 watch.rest()
         watch = self.upstream_head_watch
         if watch is not None:
-            if self.response_head is None and self.sent_at is not None:
-                watch.wait(self.sent_at)
+            if self.response_head is None and self.awaited_from is not None and not response.pending:
+                watch.wait(max(self.awaited_from, response.last_written_at or 0.0))
             else:
-                watch.rest()
+                watch.rest()  # while an interim response waits for the client, upstream is not asked
         watch = self.upstream_read_watch
         if watch is not None:
             if self.response_head is None or response.framing.complete or self.tunnel:
@@ -5462,10 +5483,10 @@ class Relay:
                 self._request_source_ended(now)
                 return
             raise self._abort(client, Operation.READ, error) from error
-        request.last_read_at = now
         if not count:
             self._request_source_ended(now)
             return
+        request.last_read_at = now
         self.awaiting_continue = False
         self.body_reads += 1
         request.bulk = count >= _FIRST_READ
@@ -5507,7 +5528,9 @@ class Relay:
             if request.pipe is not None:
                 self._release_pipe(request)
             if not self.tunnel:
-                self.sent_at = time.monotonic()
+                self.sent_at = self.awaited_from = time.monotonic()
+                if self.upstream_head_watch is not None:
+                    self.upstream_head_watch.wait(self.sent_at)
             elif self.upstream is not None:
                 self.upstream.end_write()
                 self.ended_at = time.monotonic()
@@ -5521,8 +5544,11 @@ class Relay:
         """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
         self.broken = abort
         self.upstream_usable = False
+        now = time.monotonic()
         if self.tunnel:
-            self.ended_at = time.monotonic()
+            self.ended_at = now
+        elif self.awaited_from is None:
+            self.awaited_from = now
         self._note("upstream", "stopped_reading")
 
     # -- upstream to client ------------------------------------------------------------------------
@@ -5716,10 +5742,13 @@ class Relay:
         response.mark = framing.mark
         content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
+        stands = not self.message_stream or framing.between_chunks or framing.undecided > 0
         try:
             stop = framing.feed(octets, 0, count, contents)
         except MalformedMessage as error:
             response.read += count
+            if not stands:
+                self.message_stream = False  # none of these octets goes on: the client stands within a chunk
             response.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
         response.read += stop
@@ -5727,9 +5756,6 @@ class Relay:
             # Octets behind the end of a response belong to nothing we asked for.
             self.upstream_usable = False
             self._note("upstream", "excess")
-        if response.tail is not None and stop:
-            last = bytes(octets[max(0, stop - 3) : stop])
-            response.tail = last if stop >= 3 else (response.tail + last)[-3:]
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
@@ -5738,6 +5764,9 @@ class Relay:
         if contents is None and (response.held or framing.undecided):
             octets, stop, fed_from = response.release_decided(octets, stop)
             fed_from += len(head)
+        if response.tail is not None and stop:
+            last = bytes(octets[max(0, stop - 3) : stop])
+            response.tail = last if stop >= 3 else (response.tail + last)[-3:]
         if response.enchunk and stop:
             size = b"%x\r\n" % stop
             octets = b"".join((size, memoryview(octets)[:stop], _CRLF))
@@ -5945,14 +5974,15 @@ between.
 """
 
 
-# --- proxy/record.py, line 31 ---
+# --- proxy/record.py, line 32 ---
 
-# User information, and query fields whose values are secrets by name.
-_SECRET_FIELDS = re.compile(
-    rb"(://)[^/@?#]*+(?=@)"
-    rb"|([?&](?:access_token|api[_-]?key|auth|authorization|client_secret|credentials?|key|pass|password|passwd|pwd"
-    rb"|secret|session|sig|signature|token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
-    re.IGNORECASE,
+# User information, also where a URL is the value of a query field and percent-encoded.
+_USER_INFORMATION = re.compile(rb"((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&;])*(@|%40)", re.IGNORECASE)
+# Query fields whose values are secrets by name. Separated by "&", and by some servers by ";".
+_QUERY_FIELD = re.compile(rb"([?&;])([^=?&;]*)=[^&;]*")
+_SECRET_NAMES = frozenset(
+    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
+    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
 )
 _Made = typing.TypeVar("_Made")
 _BYTE_COUNTS = (
@@ -5976,7 +6006,15 @@ def printable(octets: bytes) -> str:
 
 def mask_secrets(target: bytes) -> bytes:
     """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``."""
-    return _SECRET_FIELDS.sub(rb"\1\2***", target) if b"?" in target or b"@" in target else target
+    if b"@" in target or b"%40" in target:
+        target = _USER_INFORMATION.sub(rb"\1***\2", target)
+    return _QUERY_FIELD.sub(_mask_field, target) if b"?" in target else target
+
+
+def _mask_field(match: re.Match[bytes]) -> bytes:
+    mark, name = match.groups()
+    spelled = urllib.parse.unquote_to_bytes(name) if b"%" in name else name
+    return b"%b%b=***" % (mark, name) if spelled.lower() in _SECRET_NAMES else match[0]
 
 
 class Tally:
@@ -6432,7 +6470,7 @@ class Record:
         if abort.phase is Phase.REQUEST_HEAD:
             return f"{counts['client_read']:,} bytes of the request head had come from {client}"
         if relay is None or relay.upstream is None:
-            return f"nothing of it had reached upstream from {client}"
+            return f"nothing of it had reached upstream from {client}{' in the last attempt' if self.attempts else ''}"
         if abort.phase is Phase.TUNNEL:
             there, back = counts["request_body"], counts["response_body"]
             return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"
@@ -6446,7 +6484,10 @@ class Record:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        state = "was still sending" if counts["response_body"] else "had not ended it"
+        if relay.response.framing.complete:
+            state = "had sent all of it"
+        else:
+            state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""
@@ -6751,8 +6792,8 @@ class ClientConnection:
         """
         client = self.client
         assert isinstance(client, TlsEndpoint)
-        keepalive = self.settings.keepalive_timeout
-        if not self.waiter.idle(None if keepalive is None else time.monotonic() + keepalive.seconds):
+        at_most = self._idle_at_most()
+        if not self.waiter.idle(None if at_most is None else time.monotonic() + at_most):
             self._closed("idle")
             return False
         began_at = time.monotonic()
@@ -6845,7 +6886,7 @@ class ClientConnection:
             prepared = prepare_request(head, self._context)
             if prepared.request_id is not None:
                 record.request_id = prepared.request_id.decode("ascii")
-            self._judge(head)
+            self._judge(head, record)
             self._exchange(record, head, prepared)
         if self.lease is not None:
             # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
@@ -6878,7 +6919,7 @@ class ClientConnection:
             if octets and (skipped or octets != b"\r"):
                 return octets
             if not soon and not client.has_unread:
-                at_most = _OVERFLOW_HEAD_S if self.overflow else None if keepalive is None else keepalive.seconds
+                at_most = self._idle_at_most()
                 if not self.waiter.idle(None if at_most is None else begun_at + at_most):
                     self._closed("shutdown" if self.worker.control.draining else "idle")
                     self._close_mode = "settle"
@@ -6897,6 +6938,13 @@ class ClientConnection:
                 self._close_mode = "settle"
                 return b""
             octets += more
+
+    def _idle_at_most(self) -> float | None:
+        """Returns: how long the connection may say nothing, in seconds; None is for ever."""
+        if self.overflow:
+            return _OVERFLOW_HEAD_S
+        keepalive = self.settings.keepalive_timeout
+        return None if keepalive is None else keepalive.seconds
 
     def _watch_head(self, first_at: float, operation: Operation) -> None:
         limit: Limit | None = self.settings.client_head_timeout
@@ -6918,7 +6966,7 @@ class ClientConnection:
             head_end = octets.find(b"\r\n\r\n", scanned_from)
             if 0 <= head_end <= max_size.value - 4:
                 break
-            record.head_read = min(len(octets), max_size.value)
+            record.head_read = len(octets) if head_end < 0 else head_end + 4
             try:
                 check_partial_head(octets if head_end < 0 else octets[: head_end + 4], scanned_from)
                 if not line_known and (line_end := octets.find(b"\r\n", 0, max_size.value)) >= 0:
@@ -6985,10 +7033,22 @@ class ClientConnection:
         if match is not None:
             record.request_line = (match[1], match[2])
 
-    def _judge(self, head: RequestHead) -> None:
+    def _judge(self, head: RequestHead, record: Record) -> None:
         """Refuse what may not pass, on the head alone. Raises: Abort with ``reject``."""
+        refusal = self._find_refusal(head)
+        if refusal is not None:
+            if self._residue:
+                # What has come of its body with the head is of this request, too.
+                framing = request_framing(head.section, self.settings.max_head_size.value)
+                try:
+                    record.head_read += framing.feed(self._residue, 0, len(self._residue))
+                except MalformedMessage:
+                    record.head_read += len(self._residue)
+            raise refusal
+
+    def _find_refusal(self, head: RequestHead) -> Abort | None:
         if self.overflow:
-            raise Abort(
+            return Abort(
                 Side.PROXY,
                 Phase.REQUEST_HEAD,
                 None,
@@ -6998,7 +7058,7 @@ class ClientConnection:
                 reject=True,
             )
         if head.method == b"CONNECT":
-            raise Abort(
+            return Abort(
                 Side.CLIENT,
                 Phase.REQUEST_HEAD,
                 Operation.READ,
@@ -7008,7 +7068,7 @@ class ClientConnection:
                 reject=True,
             )
         if max_forwards(head) == 0:
-            raise Abort(
+            return Abort(
                 Side.CLIENT,
                 Phase.REQUEST_HEAD,
                 Operation.READ,
@@ -7020,7 +7080,7 @@ class ClientConnection:
         bound = self.settings.max_body_size
         length = head.section.content_length
         if bound is not None and length is not None and length > bound.value:
-            raise Abort(
+            return Abort(
                 Side.CLIENT,
                 Phase.REQUEST_HEAD,
                 Operation.READ,
@@ -7030,6 +7090,7 @@ class ClientConnection:
                 detail=f"the announced body has {length:,} bytes",
                 reject=True,
             )
+        return None
 
     def _exchange(self, record: Record, head: RequestHead, prepared: PreparedRequest) -> None:
         """Lease an upstream connection and relay over it; once more on a fresh one where the first had gone stale.
@@ -7097,6 +7158,8 @@ class ClientConnection:
                 record.upstream = record.connected_at = None
                 self._drop_lease()
                 relay.release()
+                if client_read is not None:
+                    client_read.rest()  # while the next connection is made nobody asks the client for octets
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
                 continue
             if relay.guarded:
@@ -7652,8 +7715,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Serve one connection in the calling thread."""
         tally = self.worker.tally
         tally.add(CONNECTIONS)
+        overflow = self._all_connections() > self._max_connections
+        if overflow:
+            tally.add(CONNECTIONS, -1)  # it is not held, and must not keep others out while it is told so
         try:
-            overflow = self._all_connections() > self._max_connections
             if not overflow:
                 self._serve(request, client_address, overflow=False)
             elif self._enter_overflow():
@@ -7667,7 +7732,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
             self.handle_error(request, client_address, error)
         finally:
-            tally.add(CONNECTIONS, -1)
+            if not overflow:
+                tally.add(CONNECTIONS, -1)
 
     def _name(self, address: typing.Any) -> tuple[str, str]:
         """Returns: the client's name for the log, and its address for X-Forwarded-For."""

@@ -214,8 +214,8 @@ class ClientConnection:
         """
         client = self.client
         assert isinstance(client, TlsEndpoint)
-        keepalive = self.settings.keepalive_timeout
-        if not self.waiter.idle(None if keepalive is None else time.monotonic() + keepalive.seconds):
+        at_most = self._idle_at_most()
+        if not self.waiter.idle(None if at_most is None else time.monotonic() + at_most):
             self._closed("idle")
             return False
         began_at = time.monotonic()
@@ -308,7 +308,7 @@ class ClientConnection:
             prepared = prepare_request(head, self._context)
             if prepared.request_id is not None:
                 record.request_id = prepared.request_id.decode("ascii")
-            self._judge(head)
+            self._judge(head, record)
             self._exchange(record, head, prepared)
         if self.lease is not None:
             # Whatever went wrong in ending it: an upstream connection that was not given back is closed.
@@ -341,7 +341,7 @@ class ClientConnection:
             if octets and (skipped or octets != b"\r"):
                 return octets
             if not soon and not client.has_unread:
-                at_most = _OVERFLOW_HEAD_S if self.overflow else None if keepalive is None else keepalive.seconds
+                at_most = self._idle_at_most()
                 if not self.waiter.idle(None if at_most is None else begun_at + at_most):
                     self._closed("shutdown" if self.worker.control.draining else "idle")
                     self._close_mode = "settle"
@@ -360,6 +360,13 @@ class ClientConnection:
                 self._close_mode = "settle"
                 return b""
             octets += more
+
+    def _idle_at_most(self) -> float | None:
+        """Returns: how long the connection may say nothing, in seconds; None is for ever."""
+        if self.overflow:
+            return _OVERFLOW_HEAD_S
+        keepalive = self.settings.keepalive_timeout
+        return None if keepalive is None else keepalive.seconds
 
     def _watch_head(self, first_at: float, operation: Operation) -> None:
         limit: Limit | None = self.settings.client_head_timeout
@@ -381,7 +388,7 @@ class ClientConnection:
             head_end = octets.find(b"\r\n\r\n", scanned_from)
             if 0 <= head_end <= max_size.value - 4:
                 break
-            record.head_read = min(len(octets), max_size.value)
+            record.head_read = len(octets) if head_end < 0 else head_end + 4
             try:
                 check_partial_head(octets if head_end < 0 else octets[: head_end + 4], scanned_from)
                 if not line_known and (line_end := octets.find(b"\r\n", 0, max_size.value)) >= 0:
@@ -448,10 +455,22 @@ class ClientConnection:
         if match is not None:
             record.request_line = (match[1], match[2])
 
-    def _judge(self, head: RequestHead) -> None:
+    def _judge(self, head: RequestHead, record: Record) -> None:
         """Refuse what may not pass, on the head alone. Raises: Abort with ``reject``."""
+        refusal = self._find_refusal(head)
+        if refusal is not None:
+            if self._residue:
+                # What has come of its body with the head is of this request, too.
+                framing = request_framing(head.section, self.settings.max_head_size.value)
+                try:
+                    record.head_read += framing.feed(self._residue, 0, len(self._residue))
+                except MalformedMessage:
+                    record.head_read += len(self._residue)
+            raise refusal
+
+    def _find_refusal(self, head: RequestHead) -> Abort | None:
         if self.overflow:
-            raise Abort(
+            return Abort(
                 Side.PROXY,
                 Phase.REQUEST_HEAD,
                 None,
@@ -461,7 +480,7 @@ class ClientConnection:
                 reject=True,
             )
         if head.method == b"CONNECT":
-            raise Abort(
+            return Abort(
                 Side.CLIENT,
                 Phase.REQUEST_HEAD,
                 Operation.READ,
@@ -471,7 +490,7 @@ class ClientConnection:
                 reject=True,
             )
         if max_forwards(head) == 0:
-            raise Abort(
+            return Abort(
                 Side.CLIENT,
                 Phase.REQUEST_HEAD,
                 Operation.READ,
@@ -483,7 +502,7 @@ class ClientConnection:
         bound = self.settings.max_body_size
         length = head.section.content_length
         if bound is not None and length is not None and length > bound.value:
-            raise Abort(
+            return Abort(
                 Side.CLIENT,
                 Phase.REQUEST_HEAD,
                 Operation.READ,
@@ -493,6 +512,7 @@ class ClientConnection:
                 detail=f"the announced body has {length:,} bytes",
                 reject=True,
             )
+        return None
 
     def _exchange(self, record: Record, head: RequestHead, prepared: PreparedRequest) -> None:
         """Lease an upstream connection and relay over it; once more on a fresh one where the first had gone stale.
@@ -560,6 +580,8 @@ class ClientConnection:
                 record.upstream = record.connected_at = None
                 self._drop_lease()
                 relay.release()
+                if client_read is not None:
+                    client_read.rest()  # while the next connection is made nobody asks the client for octets
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
                 continue
             if relay.guarded:

@@ -267,7 +267,8 @@ def check_partial_head(octets: bytes, start: int = 0) -> None:
         raise MalformedMessage("this looks like a TLS handshake, but plain HTTP is spoken here", 0, octets[:8])
     at = _find_stray(octets, start - 1 if start and octets[start - 1] == 0x0D else start)
     if at is not None:
-        raise MalformedMessage(_name_stray(octets[at]), at, octets[max(0, at - 4) : at + 8])
+        # Alone: what stands around it may be a part of a secret.
+        raise MalformedMessage(_name_stray(octets[at]), at, octets[at : at + 1])
 
 
 def _find_stray(octets: bytes, start: int = 0) -> int | None:

@@ -18,6 +18,7 @@ import time
 import traceback
 import types
 import typing
+import urllib.parse
 
 from .aborts import Abort
 from .framing import NO_BODY
@@ -28,12 +29,13 @@ from .log import SCHEMA_VERSION, EventLog, timestamp
 from .relay import Relay
 from .vocabulary import Cause, Operation, Phase, Side
 
-# User information, and query fields whose values are secrets by name.
-_SECRET_FIELDS = re.compile(
-    rb"(://)[^/@?#]*+(?=@)"
-    rb"|([?&](?:access_token|api[_-]?key|auth|authorization|client_secret|credentials?|key|pass|password|passwd|pwd"
-    rb"|secret|session|sig|signature|token|x-amz-credential|x-amz-security-token|x-amz-signature)=)[^&]*+",
-    re.IGNORECASE,
+# User information, also where a URL is the value of a query field and percent-encoded.
+_USER_INFORMATION = re.compile(rb"((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&;])*(@|%40)", re.IGNORECASE)
+# Query fields whose values are secrets by name. Separated by "&", and by some servers by ";".
+_QUERY_FIELD = re.compile(rb"([?&;])([^=?&;]*)=[^&;]*")
+_SECRET_NAMES = frozenset(
+    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
+    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
 )
 _Made = typing.TypeVar("_Made")
 _BYTE_COUNTS = (
@@ -57,7 +59,15 @@ def printable(octets: bytes) -> str:
 
 def mask_secrets(target: bytes) -> bytes:
     """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``."""
-    return _SECRET_FIELDS.sub(rb"\1\2***", target) if b"?" in target or b"@" in target else target
+    if b"@" in target or b"%40" in target:
+        target = _USER_INFORMATION.sub(rb"\1***\2", target)
+    return _QUERY_FIELD.sub(_mask_field, target) if b"?" in target else target
+
+
+def _mask_field(match: re.Match[bytes]) -> bytes:
+    mark, name = match.groups()
+    spelled = urllib.parse.unquote_to_bytes(name) if b"%" in name else name
+    return b"%b%b=***" % (mark, name) if spelled.lower() in _SECRET_NAMES else match[0]
 
 
 class Tally:
@@ -513,7 +523,7 @@ class Record:
         if abort.phase is Phase.REQUEST_HEAD:
             return f"{counts['client_read']:,} bytes of the request head had come from {client}"
         if relay is None or relay.upstream is None:
-            return f"nothing of it had reached upstream from {client}"
+            return f"nothing of it had reached upstream from {client}{' in the last attempt' if self.attempts else ''}"
         if abort.phase is Phase.TUNNEL:
             there, back = counts["request_body"], counts["response_body"]
             return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"
@@ -527,7 +537,10 @@ class Record:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        state = "was still sending" if counts["response_body"] else "had not ended it"
+        if relay.response.framing.complete:
+            state = "had sent all of it"
+        else:
+            state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
         of = f" of {length:,}" if length is not None else ""

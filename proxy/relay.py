@@ -200,6 +200,7 @@ class Relay:
         "_head_from",
         "_noted_finished",
         "_noted_head",
+        "awaited_from",
         "awaiting_continue",
         "body_reads",
         "bounds",
@@ -287,6 +288,7 @@ class Relay:
         self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
+        self.awaited_from: float | None = None  # the answer: since then all was sent, or no more could be
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
         self.ended_at: float | None = None  # as last_byte_at; of a tunnel, the end of the direction that ended last
@@ -380,11 +382,11 @@ class Relay:
         response = self.response
         if not self.message_stream or response.pending or not self.head_out:
             return False
-        if not response.framing.content:
-            return response.framing.between_chunks
-        if response.framing.ends_with_connection:
-            return (response.tail or b"").endswith(b"\n")
-        return response.framing.between_chunks and response.tail == b"\n\r\n"
+        framing, tail = response.framing, response.tail
+        if framing.ends_with_connection or response.dechunk:
+            return not tail or tail.endswith(b"\n")
+        # What is undecided is a line of its own, or the end, and the client has not got it.
+        return (framing.between_chunks or framing.undecided > 0) and (not tail or tail == b"\n\r\n")
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -455,7 +457,12 @@ class Relay:
                     and not response.finished
                     and (upstream_ready & (upstream.read_event | HUNG_UP) or upstream.has_unread)
                 ):
-                    self._read_upstream(now)
+                    try:
+                        self._read_upstream(now)
+                    except Abort as abort:
+                        if abort.side is Side.UPSTREAM and client_ready & HUNG_UP:
+                            self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
+                        raise
                 if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
                     self._break_request(self._socket_failed(upstream, Operation.WRITE))
             if client_ready or (due_at is not None and client.has_unread):
@@ -514,10 +521,10 @@ class Relay:
                 watch.rest()
         watch = self.upstream_head_watch
         if watch is not None:
-            if self.response_head is None and self.sent_at is not None:
-                watch.wait(self.sent_at)
+            if self.response_head is None and self.awaited_from is not None and not response.pending:
+                watch.wait(max(self.awaited_from, response.last_written_at or 0.0))
             else:
-                watch.rest()
+                watch.rest()  # while an interim response waits for the client, upstream is not asked
         watch = self.upstream_read_watch
         if watch is not None:
             if self.response_head is None or response.framing.complete or self.tunnel:
@@ -660,10 +667,10 @@ class Relay:
                 self._request_source_ended(now)
                 return
             raise self._abort(client, Operation.READ, error) from error
-        request.last_read_at = now
         if not count:
             self._request_source_ended(now)
             return
+        request.last_read_at = now
         self.awaiting_continue = False
         self.body_reads += 1
         request.bulk = count >= _FIRST_READ
@@ -705,7 +712,9 @@ class Relay:
             if request.pipe is not None:
                 self._release_pipe(request)
             if not self.tunnel:
-                self.sent_at = time.monotonic()
+                self.sent_at = self.awaited_from = time.monotonic()
+                if self.upstream_head_watch is not None:
+                    self.upstream_head_watch.wait(self.sent_at)
             elif self.upstream is not None:
                 self.upstream.end_write()
                 self.ended_at = time.monotonic()
@@ -719,8 +728,11 @@ class Relay:
         """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
         self.broken = abort
         self.upstream_usable = False
+        now = time.monotonic()
         if self.tunnel:
-            self.ended_at = time.monotonic()
+            self.ended_at = now
+        elif self.awaited_from is None:
+            self.awaited_from = now
         self._note("upstream", "stopped_reading")
 
     # -- upstream to client ------------------------------------------------------------------------
@@ -914,10 +926,13 @@ class Relay:
         response.mark = framing.mark
         content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
+        stands = not self.message_stream or framing.between_chunks or framing.undecided > 0
         try:
             stop = framing.feed(octets, 0, count, contents)
         except MalformedMessage as error:
             response.read += count
+            if not stands:
+                self.message_stream = False  # none of these octets goes on: the client stands within a chunk
             response.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
         response.read += stop
@@ -925,9 +940,6 @@ class Relay:
             # Octets behind the end of a response belong to nothing we asked for.
             self.upstream_usable = False
             self._note("upstream", "excess")
-        if response.tail is not None and stop:
-            last = bytes(octets[max(0, stop - 3) : stop])
-            response.tail = last if stop >= 3 else (response.tail + last)[-3:]
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
@@ -936,6 +948,9 @@ class Relay:
         if contents is None and (response.held or framing.undecided):
             octets, stop, fed_from = response.release_decided(octets, stop)
             fed_from += len(head)
+        if response.tail is not None and stop:
+            last = bytes(octets[max(0, stop - 3) : stop])
+            response.tail = last if stop >= 3 else (response.tail + last)[-3:]
         if response.enchunk and stop:
             size = b"%x\r\n" % stop
             octets = b"".join((size, memoryview(octets)[:stop], _CRLF))

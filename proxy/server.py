@@ -118,8 +118,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """Serve one connection in the calling thread."""
         tally = self.worker.tally
         tally.add(CONNECTIONS)
+        overflow = self._all_connections() > self._max_connections
+        if overflow:
+            tally.add(CONNECTIONS, -1)  # it is not held, and must not keep others out while it is told so
         try:
-            overflow = self._all_connections() > self._max_connections
             if not overflow:
                 self._serve(request, client_address, overflow=False)
             elif self._enter_overflow():
@@ -133,7 +135,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
             self.handle_error(request, client_address, error)
         finally:
-            tally.add(CONNECTIONS, -1)
+            if not overflow:
+                tally.add(CONNECTIONS, -1)
 
     def _name(self, address: typing.Any) -> tuple[str, str]:
         """Returns: the client's name for the log, and its address for X-Forwarded-For."""

@@ -22,7 +22,7 @@ import urllib3.connection
 import urllib3.connectionpool
 import urllib3.exceptions
 
-from .aborts import socket_abort
+from .aborts import Abort, socket_abort
 from .config import Settings, UpstreamUrl
 from .endpoint import ANSWER_PATIENCE_S, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .head import SectionMemory
@@ -193,11 +193,23 @@ class _LeasedConnection:
         # Keepalive probes are for connections that stand: without the user timeout it is the kernel's own patience.
         limit = self.settings.tcp_user_timeout
         abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error, limit)
+        if first_error.errno == errno.EADDRNOTAVAIL and self._ports_are_used_up(wait):
+            abort = Abort(Side.PROXY, Phase.CONNECT, Operation.CONNECT, Cause.RESOURCE, original=first_error)
         if abort.limit is not None:
             abort.elapsed_s = time.monotonic() - began_at
         if abort.cause is Cause.UNREACHABLE and self.url.scheme == "unix":
             abort.error_type = "destination_unavailable"  # no address is involved that could be unroutable
         raise abort from first_error
+
+    def _ports_are_used_up(self, wait: ConnectWait) -> bool:
+        """Whether this machine has an address to reach upstream from: then EADDRNOTAVAIL says that all local ports for
+        that are taken. A UDP socket finds the address, and needs no port of those of TCP.
+        """
+        for family, address in self._addresses(wait):
+            with socket.socket(family, socket.SOCK_DGRAM) as trial:
+                if not trial.connect_ex(address):
+                    return True
+        return False
 
     def _addresses(self, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
         url = self.url

@@ -244,7 +244,7 @@ def test_a_client_that_takes_only_a_part_of_an_interim_response() -> None:
 
     with (
         Upstream(script) as upstream,
-        ProxyProcess(upstream.url, "--upstream-head-timeout", "0.3", listen="unix") as proxy,
+        ProxyProcess(upstream.url, "--client-write-deadline", "0.3", listen="unix") as proxy,
     ):
         ends = []
         for number in range(count):
@@ -255,7 +255,7 @@ def test_a_client_that_takes_only_a_part_of_an_interim_response() -> None:
                 )  # the limit has ended the request, and the client takes the rest while it may be answered
                 left = wire.read_to_end()
             record = _record(proxy, number + 1)
-            assert record["limit"]["name"] == "upstream_head_timeout"
+            assert record["limit"]["name"] == "client_write_deadline"
             while left.startswith(b"HTTP/1.1 103"):
                 head, end, left = left.partition(b"\r\n\r\n")
                 assert head.count(b"HTTP/1.1 ") == 1
