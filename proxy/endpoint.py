@@ -30,6 +30,7 @@ IDLE_PATIENCE_S = 0.1
 # Under TLS: plaintext in one record (RFC 8446 §5.1), plaintext that is encrypted before the socket is asked to take
 # it, and ciphertext read at once.
 _RECORD_SIZE = 16384
+_RECORD_HEADER = 5
 _BATCH_SIZE = 4 * _RECORD_SIZE
 _CIPHERTEXT_READ = 128 * 1024
 # In one read; a peer that floods us with records without content must not keep us from looking at the limits.
@@ -51,6 +52,7 @@ class Endpoint:
         "can_splice",
         "fd",
         "has_unread",
+        "mid_record",
         "name",
         "patience_s",
         "pulse",
@@ -76,6 +78,7 @@ class Endpoint:
         self.read_event = READABLE
         self.write_event = WRITABLE
         self.has_unread = False  # octets that poll does not see
+        self.mid_record = False  # a part of a TLS record has come, the rest will
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
         self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
@@ -132,8 +135,11 @@ class TlsEndpoint(Endpoint):
         "_batch_sent",
         "_decrypted",
         "_failure",
+        "_follows_records",
         "_incoming",
         "_outgoing",
+        "_record_header",
+        "_record_left",
         "_unsent",
         "tls",
     )
@@ -154,6 +160,10 @@ class TlsEndpoint(Endpoint):
         self.tls = context.wrap_bio(
             self._incoming, self._outgoing, server_side=side is Side.CLIENT, server_hostname=server_hostname
         )
+        # Of a client nobody asks, and it takes 2 % of the CPU time of a transfer.
+        self._follows_records = side is Side.UPSTREAM
+        self._record_left = 0  # octets of a record that are still to come
+        self._record_header = b""  # the part of a header that has come
         self._decrypted = b""  # read ahead of a half-close
         self._failure: OSError | None = None  # met behind octets that were to be had, for the next read to raise
         self._unsent = b""  # what TLS itself has to say, and the socket has not taken
@@ -218,9 +228,22 @@ class TlsEndpoint(Endpoint):
         octets = self.sock.recv(_CIPHERTEXT_READ)
         if octets:
             self._incoming.write(octets)
+            if self._follows_records:
+                self._follow_records(octets)
         else:
             self._incoming.write_eof()
         return len(octets) == _CIPHERTEXT_READ
+
+    def _follow_records(self, octets: bytes) -> None:
+        """Find out whether what has come ends within a record (RFC 8446 §5.1), which OpenSSL holds without a word."""
+        octets = self._record_header + octets
+        size = len(octets)
+        at = self._record_left
+        while at + _RECORD_HEADER <= size:
+            at += _RECORD_HEADER + (octets[at + 3] << 8 | octets[at + 4])
+        self._record_left = max(0, at - size)
+        self._record_header = octets[at:]
+        self.mid_record = at != size
 
     def _read(self, size: int, flags: int = 0) -> bytes:
         """Read up to ``size`` octets of plaintext. As ``_read_into``."""

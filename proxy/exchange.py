@@ -692,7 +692,13 @@ class ClientConnection:
         upstream = connection.endpoint
         assert upstream is not None
         self.waiter.forget_upstream()
-        if relay.upstream_usable and relay.request.finished and not relay.tunnel and not upstream.has_unread:
+        if (
+            relay.upstream_usable
+            and relay.request.finished
+            and not relay.tunnel
+            and not upstream.has_unread
+            and not upstream.mid_record
+        ):
             pool.release(connection)
             self.lease = None
             return

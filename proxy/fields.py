@@ -129,7 +129,8 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     if upgrade:
         lines.append(b"Upgrade: %b\r\n" % b", ".join(known[b"upgrade"]))
         own_options.append(b"Upgrade")
-    if any(_is_trailers(value) for value in known.get(b"te", ())):
+    # An HTTP/1.0 client has no chunks, and so no trailers.
+    if head.minor and any(_is_trailers(value) for value in known.get(b"te", ())):
         lines.append(b"TE: trailers\r\n")
         own_options.append(b"TE")
     if own_options:

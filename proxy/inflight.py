@@ -113,8 +113,8 @@ class Slot:
         memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + len(text)] = text
 
     def stage(self, phase: Phase, status: int, expected: int | None) -> None:
-        """It has come to ``phase``; ``status`` is 0 and ``expected``, the announced length of the response's body, None
-        until the response head is known.
+        """It has come to ``phase``; ``status`` is 0 until that of the response has gone out, ``expected`` the announced
+        length of its body.
         """
         length = -1 if expected is None else expected
         _STAGE.pack_into(self._memory, self._at + _STAGE_AT, _NUMBERS[phase], status, length)
@@ -160,8 +160,7 @@ class Slot:
             connection[id_size:].decode("utf-8", "surrogateescape"),
             first_at,
             _PHASES[phase],
-            # Until an octet of it was written, the head that is known has not been sent.
-            status if status and counts[1] else None,
+            status or None,
             request_id.rstrip(b"\0").decode("ascii") if known else None,
             text[:name_size].decode("utf-8", "surrogateescape") if known and name_size else None,
             text[name_size : name_size + method_size] if known else None,

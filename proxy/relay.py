@@ -375,7 +375,8 @@ class Relay:
     @property
     def mid_head(self) -> bool:
         """Whether an interim head is half written: then nothing else can be said to the client."""
-        return self.response_head is None and self.response.start < self.response.end and self.response.start > 0
+        response = self.response
+        return 0 < response.start < response.end and response.written < self._head_from
 
     def between_lines(self) -> bool:
         """Whether the client has received whole lines of a JSON message stream, so that one more can follow."""
@@ -476,10 +477,11 @@ class Relay:
         request, response, head = self.request, self.response, self.response_head
         slot = self.waiter.slot
         if self._noted_head is not head or self._noted_finished is not request.finished:
-            self._noted_head = head
-            self._noted_finished = request.finished
             phase = self.phase_of(Side.PROXY, Operation.READ)
-            slot.stage(phase, head.status if head else 0, head.section.content_length if head else None)
+            out = self.head_out
+            slot.stage(phase, head.status if head and out else 0, head.section.content_length if head else None)
+            self._noted_head = head if out else None
+            self._noted_finished = request.finished
         slot.count(
             request.read,
             response.written,
@@ -913,7 +915,7 @@ class Relay:
             response.tail = b""
         if self.upstream_read_watch is not None:
             self.upstream_read_watch.start(now)
-        self._head_from = response.written
+        self._head_from = response.written + response.end - response.start  # what is pending is interim
         self._take_response_octets(rest, len(rest), serialize_response(head, prepared, connection, self.request_id))
         self._flush_response(now)
 
@@ -1020,7 +1022,7 @@ class Relay:
             self.tunnel_watch = Watch(limit, None)
             self.tunnel_watch.wait(now)
             self._watch(self.tunnel_watch, Side.PROXY, Operation.READ)
-        self._head_from = response.written
+        self._head_from = response.written + response.end - response.start  # what is pending is interim
         self._take_response_octets(rest, len(rest), serialize_response(head, prepared, connection, self.request_id))
         self._flush_response(now)
         if self.residue:
