@@ -329,10 +329,10 @@ class SectionMemory:
     """Keeps the last head of one connection and direction, and its header section, since peers repeat theirs.
 
     ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself,
-    too. A section with credentials in it is remembered by its own connection alone, and goes with it.
+    too. What has credentials in it is remembered by its own connection alone, and goes with it.
     """
 
-    __slots__ = ("head_octets", "octets", "request", "response", "section", "shared")
+    __slots__ = ("head_octets", "last_request", "octets", "request", "response", "section", "shared")
 
     def __init__(self, shared: "SectionMemory | None" = None) -> None:
         self.head_octets: bytes | None = None
@@ -341,6 +341,8 @@ class SectionMemory:
         self.octets: bytes | None = None
         self.section: HeaderSection | None = None
         self.shared = shared
+        # Of a shared memory: octets and head together, so that no thread sees those of two requests.
+        self.last_request: tuple[bytes, RequestHead] | None = None
 
     def parse(self, octets: bytes) -> HeaderSection:
         """Like ``HeaderSection(octets)``, from memory where it is the same as last time."""
@@ -391,6 +393,15 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     """
     if octets == memory.head_octets and memory.request is not None:
         return memory.request
+    shared = memory.shared
+    if shared is not None and (last := shared.last_request) is not None and last[0] == octets:
+        known = last[1]
+        memory.head_octets = octets
+        # A copy: what is prepared for the client of one connection must not push out what is for another's.
+        memory.request = head = RequestHead(
+            known.method, known.target, known.minor, known.section, known.size, known.prepared, known.logged
+        )
+        return head
     line_end = octets.find(b"\r\n")
     method, target, minor = parse_request_line(octets[:line_end])
     try:
@@ -398,22 +409,24 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     except MalformedMessage as error:
         error.octet += line_end + 2
         raise
-    known = section.known
+    fields = section.known
     if section.chunked and not minor:
         # RFC 9112 §6.1: such framing is faulty whatever else the message says.
         raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 request", line_end + 2)
-    hosts = known.get(b"host")
+    hosts = fields.get(b"host")
     if hosts is None:
         if minor:
             raise MalformedMessage("no Host field in an HTTP/1.1 request", line_end + 2)
     elif len(hosts) > 1:
-        raise MalformedMessage("more than one Host field", line_end + 2, b", ".join(hosts))
+        raise MalformedMessage("more than one Host field", line_end + 2, _without_user(b", ".join(hosts)))
     elif section.prepared is None and HOST.fullmatch(hosts[0]) is None:
-        raise MalformedMessage("a Host field that is no host", line_end + 2, hosts[0])
+        raise MalformedMessage("a Host field that is no host", line_end + 2, _without_user(hosts[0]))
     if target[0] != 0x2F or b"#" in target:
         _check_target(method, target, None if hosts is None else hosts[0])
     memory.head_octets = octets
     memory.request = head = RequestHead(method, target, minor, section, len(octets))
+    if shared is not None and not section.has_credentials and b"?" not in target and b"@" not in target:
+        shared.last_request = octets, head
     return head
 
 
@@ -502,11 +515,20 @@ def _find_stray(octets: bytes, start: int = 0) -> int | None:
 
 
 def _without_query(target: bytes) -> bytes:
-    """Returns: a target as an error may quote it: secrets are in queries and in user information."""
-    path, mark, _ = target.partition(b"?")
-    scheme, slashes, rest = path.partition(b"://")
-    authority, at, behind = rest.partition(b"@")
-    return (scheme + slashes + b"***@" + behind if at and b"/" not in authority else path) + (b"?..." if mark else b"")
+    """Returns: a target as an error may quote it: secrets are in queries, fragments and user information."""
+    path = target.partition(b"#")[0].partition(b"?")[0]
+    mark = target[len(path) : len(path) + 1]
+    return _without_user(path) + (mark + b"..." if mark else b"")
+
+
+def _without_user(octets: bytes) -> bytes:
+    """Returns: ``octets`` with what stands before an "@", back to a slash or a space, replaced."""
+    words = [word.split(b"/") for word in octets.split(b" ")]
+    return b" ".join(b"/".join(_behind_at(part) for part in word) for word in words)
+
+
+def _behind_at(octets: bytes) -> bytes:
+    return b"***@" + octets.rpartition(b"@")[2] if b"@" in octets else octets
 
 
 def _name_stray(octet: int) -> str:
@@ -1124,13 +1146,13 @@ class ChunkedFraming:
             if self.state == _CHUNK_SIZE:
                 match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
                 if match is None or len(line) > MAX_CHUNK_LINE:
-                    raise MalformedMessage("not a chunk size", at - start, line)
+                    raise MalformedMessage("not a chunk size", at - start, self._quotable(line))
                 self.remaining = int(match[1], 16)
                 self.state = _CHUNK_DATA if self.remaining else _TRAILER
                 self.last_chunk_size = len(line)
             elif self.state == _CHUNK_END:
                 if len(line) != 2:
-                    raise MalformedMessage("a chunk longer than its size", at - start, line)
+                    raise MalformedMessage("a chunk longer than its size", at - start, self._quotable(line))
                 self.state = _CHUNK_SIZE
             else:
                 self._take_trailer_line(bytes(line), at - start)
@@ -1171,17 +1193,19 @@ class ChunkedFraming:
         line += part
         if self.state == _CHUNK_SIZE:
             if len(line) > MAX_CHUNK_LINE or PART_OF_CHUNK_LINE.fullmatch(line) is None:
-                raise MalformedMessage("not a chunk size", octet, line)
+                raise MalformedMessage("not a chunk size", octet, self._quotable(line))
         elif self.state == _CHUNK_END:
             if line != b"\r":
-                raise MalformedMessage("a chunk longer than its size", octet, line)
+                raise MalformedMessage("a chunk longer than its size", octet, self._quotable(line))
         elif self.trailer_size + len(line) > self.max_trailer_size and line != b"\r":
             raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
 
     def _quotable(self, line: Octets) -> Octets:
-        """Returns: what of a line may be quoted. Of a trailer the name alone, as in heads: values hold credentials."""
+        """Returns: what of a line may be quoted. Of a trailer the name alone, as in heads: values hold credentials. Of
+        what stands in place of a chunk line or its end no more than shows that: it may be content.
+        """
         if self.state != _TRAILER:
-            return line[-32:]
+            return line[:2] if self.state == _CHUNK_END else line[:16]
         name, colon, _ = line.partition(b":")
         return name[:32] if colon else line[:8]
 
@@ -3788,7 +3812,6 @@ class Slot:
     def hold(self, connection_id: str, client: str) -> None:
         """A connection takes this slot."""
         memory, at = self._memory, self._at
-        self._head = None
         name = client.encode("utf-8", "surrogateescape")
         text = (connection_id.encode("ascii") + name)[: _HEAD_TEXT_AT - _CONNECTION_TEXT_AT]
         _CONNECTION.pack_into(memory, at + _CONNECTION_AT, len(connection_id), len(text))
@@ -3805,11 +3828,19 @@ class Slot:
         get ``written``.
         """
         memory, at = self._memory, self._at
-        if head is not self._head or upstream != self._upstream:
+        known = self._head
+        if head is not known or upstream != self._upstream:
             self._head = head
             self._head_size = head.size
-            self._upstream = upstream
-            self._describe_head(head, upstream)
+            if (
+                known is None
+                or upstream != self._upstream
+                or head.target != known.target
+                or head.method != known.method
+                or head.section.content_length != known.section.content_length
+            ):
+                self._upstream = upstream
+                self._describe_head(head, upstream)
         phase = _ANSWER_PHASE if upstream else _CONNECT_PHASE
         _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, self._head_size + read, 0, 0, written, 0, 0, request_id)
 
@@ -4283,6 +4314,14 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
     return answer
 
 
+def _has_source_address(family: int, address: typing.Any) -> bool:
+    """Whether this machine has an address to reach ``address`` from: if so, EADDRNOTAVAIL says that all local ports
+    are taken. A UDP socket finds it, sends nothing, and needs no port of those of TCP.
+    """
+    with socket.socket(family, socket.SOCK_DGRAM) as trial:
+        return not trial.connect_ex(address)
+
+
 class _LeasedConnection:
     """What both kinds of connection add to urllib3's: a connect under the proxy's limits, and an endpoint for the
     relay.
@@ -4363,34 +4402,27 @@ class _LeasedConnection:
         assert wait is not None
         began_at = time.monotonic()
         first_error: OSError | None = None
+        ports_used_up = False
         for family, address in self._addresses(wait):
             try:
                 sock = self._connect(family, address, wait)
             except OSError as error:
-                first_error = first_error or error
+                if first_error is None:
+                    first_error = error
+                    ports_used_up = error.errno == errno.EADDRNOTAVAIL and _has_source_address(family, address)
                 continue
             return sock
         assert first_error is not None  # getaddrinfo gives at least one address, or raises
         # Keepalive probes are for connections that stand: without the user timeout it is the kernel's own patience.
         limit = self.settings.tcp_user_timeout
         abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error, limit)
-        if first_error.errno == errno.EADDRNOTAVAIL and self._ports_are_used_up(wait):
+        if ports_used_up:
             abort = Abort(Side.PROXY, Phase.CONNECT, Operation.CONNECT, Cause.RESOURCE, original=first_error)
         if abort.limit is not None:
             abort.elapsed_s = time.monotonic() - began_at
         if abort.cause is Cause.UNREACHABLE and self.url.scheme == "unix":
             abort.error_type = "destination_unavailable"  # no address is involved that could be unroutable
         raise abort from first_error
-
-    def _ports_are_used_up(self, wait: ConnectWait) -> bool:
-        """Whether this machine has an address to reach upstream from: then EADDRNOTAVAIL says that all local ports for
-        that are taken. A UDP socket finds the address, and needs no port of those of TCP.
-        """
-        for family, address in self._addresses(wait):
-            with socket.socket(family, socket.SOCK_DGRAM) as trial:
-                if not trial.connect_ex(address):
-                    return True
-        return False
 
     def _addresses(self, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
         url = self.url
@@ -5039,6 +5071,7 @@ class Relay:
         "_head_from",
         "_noted_finished",
         "_noted_head",
+        "_stood",
         "awaited_from",
         "awaiting_continue",
         "body_reads",
@@ -5111,6 +5144,7 @@ class Relay:
         self.residue = b""  # what the client sent behind this request
         self.tunnel = False
         self.message_stream = False
+        self._stood: bool | None = None  # whether the client stood between two chunks when malformed ones came
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
@@ -5148,7 +5182,7 @@ class Relay:
             return Phase.TUNNEL
         if self.upstream is None:
             return Phase.CONNECT
-        uploading = not self.request.finished and self.request.framing is not NO_BODY
+        uploading = not self.request.finished and self.request.framing is not NO_BODY and self.broken is None
         if uploading and ((side is Side.CLIENT) is (operation is Operation.READ)) and side is not Side.PROXY:
             return Phase.REQUEST_BODY
         if self.response_head is not None:
@@ -5222,11 +5256,16 @@ class Relay:
         response = self.response
         if not self.message_stream or response.pending or not self.head_out:
             return False
-        framing, tail = response.framing, response.tail
-        if framing.ends_with_connection or response.dechunk:
+        tail = response.tail
+        if response.framing.ends_with_connection or response.dechunk:
             return not tail or tail.endswith(b"\n")
+        stands = self._stands_between_chunks() if self._stood is None else self._stood
+        return stands and (not tail or tail == b"\n\r\n")
+
+    def _stands_between_chunks(self) -> bool:
+        framing = self.response.framing
         # What is undecided is a line of its own, or the end, and the client has not got it.
-        return (framing.between_chunks or framing.undecided > 0) and (not tail or tail == b"\n\r\n")
+        return framing.between_chunks or framing.undecided > 0
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -5300,7 +5339,10 @@ class Relay:
                     try:
                         self._read_upstream(now)
                     except Abort as abort:
-                        if abort.side is Side.UPSTREAM and client_ready & HUNG_UP:
+                        # Under TLS only a read tells the end of the client's side.
+                        if abort.side is Side.UPSTREAM and (
+                            client_ready & HUNG_UP or (client_ready and not client.can_splice)
+                        ):
                             self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
                         raise
                 if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
@@ -5767,13 +5809,12 @@ class Relay:
         response.mark = framing.mark
         content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
-        stands = not self.message_stream or framing.between_chunks or framing.undecided > 0
+        stood = not self.message_stream or self._stands_between_chunks()
         try:
             stop = framing.feed(octets, 0, count, contents)
         except MalformedMessage as error:
             response.read += count
-            if not stands:
-                self.message_stream = False  # none of these octets goes on: the client stands within a chunk
+            self._stood = stood  # none of these octets goes on
             response.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
         response.read += stop
@@ -6001,10 +6042,14 @@ between.
 
 # --- proxy/record.py, line 32 ---
 
-# User information, also where a URL is the value of a query field and percent-encoded.
-_USER_INFORMATION = re.compile(rb"((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&;])*(@|%40)", re.IGNORECASE)
-# Query fields whose values are secrets by name. Separated by "&", and by some servers by ";".
-_QUERY_FIELD = re.compile(rb"([?&;])([^=?&;]*)=[^&;]*")
+# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
+# target that is an authority. It ends with the last "@" before what can't be in it.
+_USER_INFORMATION = re.compile(
+    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
+)
+# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
+# a value has fields of its own, percent-encoded or not.
+_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
 _SECRET_NAMES = frozenset(
     b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
     b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
@@ -6030,16 +6075,25 @@ def printable(octets: bytes) -> str:
 
 
 def mask_secrets(target: bytes) -> bytes:
-    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``."""
+    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
+    fragment, which no target has, goes.
+    """
     if b"@" in target or b"%40" in target:
-        target = _USER_INFORMATION.sub(rb"\1***\2", target)
-    return _QUERY_FIELD.sub(_mask_field, target) if b"?" in target else target
+        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
+    if b"?" not in target and b"#" not in target:
+        return target
+    target, fragment, _ = target.partition(b"#")
+    path, mark, query = target.partition(b"?")
+    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
+    return path + mark + fields + (b"#***" if fragment else b"")
 
 
-def _mask_field(match: re.Match[bytes]) -> bytes:
-    mark, name = match.groups()
-    spelled = urllib.parse.unquote_to_bytes(name) if b"%" in name else name
-    return b"%b%b=***" % (mark, name) if spelled.lower() in _SECRET_NAMES else match[0]
+def _mask_field(field: bytes) -> bytes:
+    for match in _FIELD_NAME.finditer(field):
+        name = match[1]
+        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
+            return field[: match.end()] + b"***"
+    return field
 
 
 class Tally:
@@ -6507,6 +6561,8 @@ class Record:
             return f"{sent} from {client}"
         if not relay.head_out:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
+            if relay.broken is not None:
+                waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
         if relay.response.framing.complete:
@@ -6684,10 +6740,24 @@ class Worker:
     id_prefix: str
     # What each connection would otherwise have to work out for itself.
     sections: SectionMemory
+    context: ForwardingContext | None
     proxy_name: bytes
     upstream_host: bytes
     client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
     watches_pulse: bool  # whether peers can vanish, and are watched for it
+
+    def context_of(self, address: str) -> ForwardingContext:
+        """Returns: what the proxy says of a client with that address to upstream, from memory for the last address."""
+        client_address = address.encode("ascii")
+        context = self.context
+        if context is None or context.client_address != client_address:
+            self.context = context = ForwardingContext(
+                proxy_name=self.proxy_name,
+                client_address=client_address,
+                scheme=b"http" if self.server_tls is None else b"https",
+                upstream_host=self.upstream_host,
+            )
+        return context
 
     def next_id(self) -> str:
         """Returns: an id no other connection or request has, in this worker or another."""
@@ -6718,6 +6788,7 @@ def make_worker(
         ids=itertools.count(1),
         id_prefix=os.urandom(6).hex(),
         sections=SectionMemory(),
+        context=None,
         proxy_name=settings.proxy_name.encode("ascii"),
         upstream_host=upstream_host(settings.upstream).encode("ascii"),
         client_limits=any(
@@ -6777,12 +6848,7 @@ class ClientConnection:
         self.waiter = Waiter(self.client, worker.control, dead, slot)
         self._memory = SectionMemory(worker.sections)
         self._residue = b""  # read from the client and not yet parsed
-        self._context = ForwardingContext(
-            proxy_name=worker.proxy_name,
-            client_address=address.encode("ascii"),
-            scheme=b"http" if worker.server_tls is None else b"https",
-            upstream_host=worker.upstream_host,
-        )
+        self._context = worker.context_of(address)
         self.record: Record | None = None
         self.lease: AnyConnection | None = None
         self.served = 0
@@ -7351,6 +7417,8 @@ class ClientConnection:
             else:
                 self._close_mode = self._mode_after(relay)
                 return None
+        if relay is not None and relay.broken is not None and abort.original is None:
+            abort.original = relay.broken.original  # the first error, though not what ended it
         is_dead = abort.cause is Cause.DEAD_PEER
         spoke = abort.cause in (Cause.CLOSED, Cause.RESET)
         by_client, by_upstream = abort.side is Side.CLIENT, abort.side is Side.UPSTREAM

@@ -81,10 +81,24 @@ class Worker:
     id_prefix: str
     # What each connection would otherwise have to work out for itself.
     sections: SectionMemory
+    context: ForwardingContext | None
     proxy_name: bytes
     upstream_host: bytes
     client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
     watches_pulse: bool  # whether peers can vanish, and are watched for it
+
+    def context_of(self, address: str) -> ForwardingContext:
+        """Returns: what the proxy says of a client with that address to upstream, from memory for the last address."""
+        client_address = address.encode("ascii")
+        context = self.context
+        if context is None or context.client_address != client_address:
+            self.context = context = ForwardingContext(
+                proxy_name=self.proxy_name,
+                client_address=client_address,
+                scheme=b"http" if self.server_tls is None else b"https",
+                upstream_host=self.upstream_host,
+            )
+        return context
 
     def next_id(self) -> str:
         """Returns: an id no other connection or request has, in this worker or another."""
@@ -115,6 +129,7 @@ def make_worker(
         ids=itertools.count(1),
         id_prefix=os.urandom(6).hex(),
         sections=SectionMemory(),
+        context=None,
         proxy_name=settings.proxy_name.encode("ascii"),
         upstream_host=upstream_host(settings.upstream).encode("ascii"),
         client_limits=any(
@@ -174,12 +189,7 @@ class ClientConnection:
         self.waiter = Waiter(self.client, worker.control, dead, slot)
         self._memory = SectionMemory(worker.sections)
         self._residue = b""  # read from the client and not yet parsed
-        self._context = ForwardingContext(
-            proxy_name=worker.proxy_name,
-            client_address=address.encode("ascii"),
-            scheme=b"http" if worker.server_tls is None else b"https",
-            upstream_host=worker.upstream_host,
-        )
+        self._context = worker.context_of(address)
         self.record: Record | None = None
         self.lease: AnyConnection | None = None
         self.served = 0
@@ -748,6 +758,8 @@ class ClientConnection:
             else:
                 self._close_mode = self._mode_after(relay)
                 return None
+        if relay is not None and relay.broken is not None and abort.original is None:
+            abort.original = relay.broken.original  # the first error, though not what ended it
         is_dead = abort.cause is Cause.DEAD_PEER
         spoke = abort.cause in (Cause.CLOSED, Cause.RESET)
         by_client, by_upstream = abort.side is Side.CLIENT, abort.side is Side.UPSTREAM

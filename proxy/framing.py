@@ -257,13 +257,13 @@ class ChunkedFraming:
             if self.state == _CHUNK_SIZE:
                 match = CHUNK_LINE.fullmatch(line, 0, len(line) - 2)
                 if match is None or len(line) > MAX_CHUNK_LINE:
-                    raise MalformedMessage("not a chunk size", at - start, line)
+                    raise MalformedMessage("not a chunk size", at - start, self._quotable(line))
                 self.remaining = int(match[1], 16)
                 self.state = _CHUNK_DATA if self.remaining else _TRAILER
                 self.last_chunk_size = len(line)
             elif self.state == _CHUNK_END:
                 if len(line) != 2:
-                    raise MalformedMessage("a chunk longer than its size", at - start, line)
+                    raise MalformedMessage("a chunk longer than its size", at - start, self._quotable(line))
                 self.state = _CHUNK_SIZE
             else:
                 self._take_trailer_line(bytes(line), at - start)
@@ -304,17 +304,19 @@ class ChunkedFraming:
         line += part
         if self.state == _CHUNK_SIZE:
             if len(line) > MAX_CHUNK_LINE or PART_OF_CHUNK_LINE.fullmatch(line) is None:
-                raise MalformedMessage("not a chunk size", octet, line)
+                raise MalformedMessage("not a chunk size", octet, self._quotable(line))
         elif self.state == _CHUNK_END:
             if line != b"\r":
-                raise MalformedMessage("a chunk longer than its size", octet, line)
+                raise MalformedMessage("a chunk longer than its size", octet, self._quotable(line))
         elif self.trailer_size + len(line) > self.max_trailer_size and line != b"\r":
             raise MalformedMessage("a trailer section too large", octet, status=431, bound="max_head_size")
 
     def _quotable(self, line: Octets) -> Octets:
-        """Returns: what of a line may be quoted. Of a trailer the name alone, as in heads: values hold credentials."""
+        """Returns: what of a line may be quoted. Of a trailer the name alone, as in heads: values hold credentials. Of
+        what stands in place of a chunk line or its end no more than shows that: it may be content.
+        """
         if self.state != _TRAILER:
-            return line[-32:]
+            return line[:2] if self.state == _CHUNK_END else line[:16]
         name, colon, _ = line.partition(b":")
         return name[:32] if colon else line[:8]
 

@@ -107,10 +107,10 @@ class SectionMemory:
     """Keeps the last head of one connection and direction, and its header section, since peers repeat theirs.
 
     ``shared`` is the memory of all connections of a kind: a client that opens one for each request repeats itself,
-    too. A section with credentials in it is remembered by its own connection alone, and goes with it.
+    too. What has credentials in it is remembered by its own connection alone, and goes with it.
     """
 
-    __slots__ = ("head_octets", "octets", "request", "response", "section", "shared")
+    __slots__ = ("head_octets", "last_request", "octets", "request", "response", "section", "shared")
 
     def __init__(self, shared: "SectionMemory | None" = None) -> None:
         self.head_octets: bytes | None = None
@@ -119,6 +119,8 @@ class SectionMemory:
         self.octets: bytes | None = None
         self.section: HeaderSection | None = None
         self.shared = shared
+        # Of a shared memory: octets and head together, so that no thread sees those of two requests.
+        self.last_request: tuple[bytes, RequestHead] | None = None
 
     def parse(self, octets: bytes) -> HeaderSection:
         """Like ``HeaderSection(octets)``, from memory where it is the same as last time."""
@@ -169,6 +171,15 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     """
     if octets == memory.head_octets and memory.request is not None:
         return memory.request
+    shared = memory.shared
+    if shared is not None and (last := shared.last_request) is not None and last[0] == octets:
+        known = last[1]
+        memory.head_octets = octets
+        # A copy: what is prepared for the client of one connection must not push out what is for another's.
+        memory.request = head = RequestHead(
+            known.method, known.target, known.minor, known.section, known.size, known.prepared, known.logged
+        )
+        return head
     line_end = octets.find(b"\r\n")
     method, target, minor = parse_request_line(octets[:line_end])
     try:
@@ -176,22 +187,24 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     except MalformedMessage as error:
         error.octet += line_end + 2
         raise
-    known = section.known
+    fields = section.known
     if section.chunked and not minor:
         # RFC 9112 §6.1: such framing is faulty whatever else the message says.
         raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 request", line_end + 2)
-    hosts = known.get(b"host")
+    hosts = fields.get(b"host")
     if hosts is None:
         if minor:
             raise MalformedMessage("no Host field in an HTTP/1.1 request", line_end + 2)
     elif len(hosts) > 1:
-        raise MalformedMessage("more than one Host field", line_end + 2, b", ".join(hosts))
+        raise MalformedMessage("more than one Host field", line_end + 2, _without_user(b", ".join(hosts)))
     elif section.prepared is None and HOST.fullmatch(hosts[0]) is None:
-        raise MalformedMessage("a Host field that is no host", line_end + 2, hosts[0])
+        raise MalformedMessage("a Host field that is no host", line_end + 2, _without_user(hosts[0]))
     if target[0] != 0x2F or b"#" in target:
         _check_target(method, target, None if hosts is None else hosts[0])
     memory.head_octets = octets
     memory.request = head = RequestHead(method, target, minor, section, len(octets))
+    if shared is not None and not section.has_credentials and b"?" not in target and b"@" not in target:
+        shared.last_request = octets, head
     return head
 
 
@@ -280,11 +293,20 @@ def _find_stray(octets: bytes, start: int = 0) -> int | None:
 
 
 def _without_query(target: bytes) -> bytes:
-    """Returns: a target as an error may quote it: secrets are in queries and in user information."""
-    path, mark, _ = target.partition(b"?")
-    scheme, slashes, rest = path.partition(b"://")
-    authority, at, behind = rest.partition(b"@")
-    return (scheme + slashes + b"***@" + behind if at and b"/" not in authority else path) + (b"?..." if mark else b"")
+    """Returns: a target as an error may quote it: secrets are in queries, fragments and user information."""
+    path = target.partition(b"#")[0].partition(b"?")[0]
+    mark = target[len(path) : len(path) + 1]
+    return _without_user(path) + (mark + b"..." if mark else b"")
+
+
+def _without_user(octets: bytes) -> bytes:
+    """Returns: ``octets`` with what stands before an "@", back to a slash or a space, replaced."""
+    words = [word.split(b"/") for word in octets.split(b" ")]
+    return b" ".join(b"/".join(_behind_at(part) for part in word) for word in words)
+
+
+def _behind_at(octets: bytes) -> bytes:
+    return b"***@" + octets.rpartition(b"@")[2] if b"@" in octets else octets
 
 
 def _name_stray(octet: int) -> str:

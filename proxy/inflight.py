@@ -78,7 +78,6 @@ class Slot:
     def hold(self, connection_id: str, client: str) -> None:
         """A connection takes this slot."""
         memory, at = self._memory, self._at
-        self._head = None
         name = client.encode("utf-8", "surrogateescape")
         text = (connection_id.encode("ascii") + name)[: _HEAD_TEXT_AT - _CONNECTION_TEXT_AT]
         _CONNECTION.pack_into(memory, at + _CONNECTION_AT, len(connection_id), len(text))
@@ -95,11 +94,19 @@ class Slot:
         get ``written``.
         """
         memory, at = self._memory, self._at
-        if head is not self._head or upstream != self._upstream:
+        known = self._head
+        if head is not known or upstream != self._upstream:
             self._head = head
             self._head_size = head.size
-            self._upstream = upstream
-            self._describe_head(head, upstream)
+            if (
+                known is None
+                or upstream != self._upstream
+                or head.target != known.target
+                or head.method != known.method
+                or head.section.content_length != known.section.content_length
+            ):
+                self._upstream = upstream
+                self._describe_head(head, upstream)
         phase = _ANSWER_PHASE if upstream else _CONNECT_PHASE
         _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, self._head_size + read, 0, 0, written, 0, 0, request_id)
 

@@ -29,10 +29,14 @@ from .log import SCHEMA_VERSION, EventLog, timestamp
 from .relay import Relay
 from .vocabulary import Cause, Operation, Phase, Side
 
-# User information, also where a URL is the value of a query field and percent-encoded.
-_USER_INFORMATION = re.compile(rb"((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&;])*(@|%40)", re.IGNORECASE)
-# Query fields whose values are secrets by name. Separated by "&", and by some servers by ";".
-_QUERY_FIELD = re.compile(rb"([?&;])([^=?&;]*)=[^&;]*")
+# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
+# target that is an authority. It ends with the last "@" before what can't be in it.
+_USER_INFORMATION = re.compile(
+    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
+)
+# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
+# a value has fields of its own, percent-encoded or not.
+_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
 _SECRET_NAMES = frozenset(
     b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
     b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
@@ -58,16 +62,25 @@ def printable(octets: bytes) -> str:
 
 
 def mask_secrets(target: bytes) -> bytes:
-    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``."""
+    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
+    fragment, which no target has, goes.
+    """
     if b"@" in target or b"%40" in target:
-        target = _USER_INFORMATION.sub(rb"\1***\2", target)
-    return _QUERY_FIELD.sub(_mask_field, target) if b"?" in target else target
+        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
+    if b"?" not in target and b"#" not in target:
+        return target
+    target, fragment, _ = target.partition(b"#")
+    path, mark, query = target.partition(b"?")
+    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
+    return path + mark + fields + (b"#***" if fragment else b"")
 
 
-def _mask_field(match: re.Match[bytes]) -> bytes:
-    mark, name = match.groups()
-    spelled = urllib.parse.unquote_to_bytes(name) if b"%" in name else name
-    return b"%b%b=***" % (mark, name) if spelled.lower() in _SECRET_NAMES else match[0]
+def _mask_field(field: bytes) -> bytes:
+    for match in _FIELD_NAME.finditer(field):
+        name = match[1]
+        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
+            return field[: match.end()] + b"***"
+    return field
 
 
 class Tally:
@@ -535,6 +548,8 @@ class Record:
             return f"{sent} from {client}"
         if not relay.head_out:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
+            if relay.broken is not None:
+                waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
         if relay.response.framing.complete:

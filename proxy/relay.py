@@ -200,6 +200,7 @@ class Relay:
         "_head_from",
         "_noted_finished",
         "_noted_head",
+        "_stood",
         "awaited_from",
         "awaiting_continue",
         "body_reads",
@@ -272,6 +273,7 @@ class Relay:
         self.residue = b""  # what the client sent behind this request
         self.tunnel = False
         self.message_stream = False
+        self._stood: bool | None = None  # whether the client stood between two chunks when malformed ones came
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
@@ -309,7 +311,7 @@ class Relay:
             return Phase.TUNNEL
         if self.upstream is None:
             return Phase.CONNECT
-        uploading = not self.request.finished and self.request.framing is not NO_BODY
+        uploading = not self.request.finished and self.request.framing is not NO_BODY and self.broken is None
         if uploading and ((side is Side.CLIENT) is (operation is Operation.READ)) and side is not Side.PROXY:
             return Phase.REQUEST_BODY
         if self.response_head is not None:
@@ -383,11 +385,16 @@ class Relay:
         response = self.response
         if not self.message_stream or response.pending or not self.head_out:
             return False
-        framing, tail = response.framing, response.tail
-        if framing.ends_with_connection or response.dechunk:
+        tail = response.tail
+        if response.framing.ends_with_connection or response.dechunk:
             return not tail or tail.endswith(b"\n")
+        stands = self._stands_between_chunks() if self._stood is None else self._stood
+        return stands and (not tail or tail == b"\n\r\n")
+
+    def _stands_between_chunks(self) -> bool:
+        framing = self.response.framing
         # What is undecided is a line of its own, or the end, and the client has not got it.
-        return (framing.between_chunks or framing.undecided > 0) and (not tail or tail == b"\n\r\n")
+        return framing.between_chunks or framing.undecided > 0
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -461,7 +468,10 @@ class Relay:
                     try:
                         self._read_upstream(now)
                     except Abort as abort:
-                        if abort.side is Side.UPSTREAM and client_ready & HUNG_UP:
+                        # Under TLS only a read tells the end of the client's side.
+                        if abort.side is Side.UPSTREAM and (
+                            client_ready & HUNG_UP or (client_ready and not client.can_splice)
+                        ):
                             self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
                         raise
                 if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
@@ -928,13 +938,12 @@ class Relay:
         response.mark = framing.mark
         content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
-        stands = not self.message_stream or framing.between_chunks or framing.undecided > 0
+        stood = not self.message_stream or self._stands_between_chunks()
         try:
             stop = framing.feed(octets, 0, count, contents)
         except MalformedMessage as error:
             response.read += count
-            if not stands:
-                self.message_stream = False  # none of these octets goes on: the client stands within a chunk
+            self._stood = stood  # none of these octets goes on
             response.content_before -= framing.content - content  # counted, and will not be relayed
             raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
         response.read += stop

@@ -102,6 +102,14 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
     return answer
 
 
+def _has_source_address(family: int, address: typing.Any) -> bool:
+    """Whether this machine has an address to reach ``address`` from: if so, EADDRNOTAVAIL says that all local ports
+    are taken. A UDP socket finds it, sends nothing, and needs no port of those of TCP.
+    """
+    with socket.socket(family, socket.SOCK_DGRAM) as trial:
+        return not trial.connect_ex(address)
+
+
 class _LeasedConnection:
     """What both kinds of connection add to urllib3's: a connect under the proxy's limits, and an endpoint for the
     relay.
@@ -182,34 +190,27 @@ class _LeasedConnection:
         assert wait is not None
         began_at = time.monotonic()
         first_error: OSError | None = None
+        ports_used_up = False
         for family, address in self._addresses(wait):
             try:
                 sock = self._connect(family, address, wait)
             except OSError as error:
-                first_error = first_error or error
+                if first_error is None:
+                    first_error = error
+                    ports_used_up = error.errno == errno.EADDRNOTAVAIL and _has_source_address(family, address)
                 continue
             return sock
         assert first_error is not None  # getaddrinfo gives at least one address, or raises
         # Keepalive probes are for connections that stand: without the user timeout it is the kernel's own patience.
         limit = self.settings.tcp_user_timeout
         abort = socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, first_error, limit)
-        if first_error.errno == errno.EADDRNOTAVAIL and self._ports_are_used_up(wait):
+        if ports_used_up:
             abort = Abort(Side.PROXY, Phase.CONNECT, Operation.CONNECT, Cause.RESOURCE, original=first_error)
         if abort.limit is not None:
             abort.elapsed_s = time.monotonic() - began_at
         if abort.cause is Cause.UNREACHABLE and self.url.scheme == "unix":
             abort.error_type = "destination_unavailable"  # no address is involved that could be unroutable
         raise abort from first_error
-
-    def _ports_are_used_up(self, wait: ConnectWait) -> bool:
-        """Whether this machine has an address to reach upstream from: then EADDRNOTAVAIL says that all local ports for
-        that are taken. A UDP socket finds the address, and needs no port of those of TCP.
-        """
-        for family, address in self._addresses(wait):
-            with socket.socket(family, socket.SOCK_DGRAM) as trial:
-                if not trial.connect_ex(address):
-                    return True
-        return False
 
     def _addresses(self, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
         url = self.url
