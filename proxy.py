@@ -3042,6 +3042,55 @@ class _LibraryHandler(logging.Handler):
         self._log.write(self.format(record))
 
 
+# --- proxy/masking.py, line 1 ---
+
+"""Octets of peers as text for a log: what is not printable escaped, secrets in a target masked."""
+
+
+# --- proxy/masking.py, line 6 ---
+
+# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
+# target that is an authority. It ends with the last "@" before what can't be in it.
+_USER_INFORMATION = re.compile(
+    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
+)
+# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
+# a value has fields of its own, percent-encoded or not.
+_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
+_SECRET_NAMES = frozenset(
+    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
+    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
+)
+
+
+def printable(octets: bytes) -> str:
+    """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
+    text = octets.decode("ascii", "backslashreplace")
+    return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
+
+
+def mask_secrets(target: bytes) -> bytes:
+    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
+    fragment, which no target has, goes.
+    """
+    if b"@" in target or b"%40" in target:
+        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
+    if b"?" not in target and b"#" not in target:
+        return target
+    target, fragment, _ = target.partition(b"#")
+    path, mark, query = target.partition(b"?")
+    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
+    return path + mark + fields + (b"#***" if fragment else b"")
+
+
+def _mask_field(field: bytes) -> bytes:
+    for match in _FIELD_NAME.finditer(field):
+        name = match[1]
+        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
+            return field[: match.end()] + b"***"
+    return field
+
+
 # --- proxy/vocabulary.py, line 1 ---
 
 """The words of the log: who ended a request, in which phase, doing what, and why.
@@ -3747,7 +3796,7 @@ worker has ended.
 """
 
 
-# --- proxy/inflight.py, line 18 ---
+# --- proxy/inflight.py, line 19 ---
 
 # A slot begins with whether a request is in flight, and when its first byte came; then phase, status (0: none),
 # announced length of the body of its response (-1: none), six counts as in the field "bytes", and its id.
@@ -3762,6 +3811,7 @@ _CONNECTION_AT, _CONNECTION = 222, struct.Struct("=HH")
 _CONNECTION_TEXT_AT = 226
 _HEAD_TEXT_AT = 400
 _ROOM = 1024
+_MOST_METHOD = 128
 # Requests on connections beyond these are counted where a worker dies, and not described.
 _MOST_SLOTS = 4096 + 128
 _PHASES = tuple(Phase)
@@ -3783,7 +3833,7 @@ class InFlight:
     request_id: str | None
     upstream: str | None
     method: bytes | None
-    target: bytes | None
+    target: bytes | None  # secrets masked, and cut where it is long
     expected_request: int | None
     expected_response: int | None
     client_read: int
@@ -3822,10 +3872,17 @@ class Slot:
         _STATE.pack_into(self._memory, self._at, 1, first_at, _HEAD_PHASE, 0, -1, read, 0, 0, 0, 0, 0, b"")
 
     def describe(
-        self, first_at: float, head: RequestHead, request_id: bytes, upstream: str, read: int, written: int
+        self,
+        first_at: float,
+        head: RequestHead,
+        request_id: bytes,
+        upstream: str,
+        read: int,
+        written: int,
+        content: int,
     ) -> None:
         """Its head has been read, and ``read`` octets of its body; upstream (empty while there is none) is about to
-        get ``written``.
+        get ``written``, of which ``content`` are content.
         """
         memory, at = self._memory, self._at
         known = self._head
@@ -3842,15 +3899,23 @@ class Slot:
                 self._upstream = upstream
                 self._describe_head(head, upstream)
         phase = _ANSWER_PHASE if upstream else _CONNECT_PHASE
-        _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, self._head_size + read, 0, 0, written, 0, 0, request_id)
+        _STATE.pack_into(
+            memory, at, 1, first_at, phase, 0, -1, self._head_size + read, 0, 0, written, content, 0, request_id
+        )
 
     def _describe_head(self, head: RequestHead, upstream: str) -> None:
         memory, at = self._memory, self._at
         name = upstream.encode("utf-8", "surrogateescape")
-        method, target = head.method, head.target
-        text = (name + method + target)[: _ROOM - _HEAD_TEXT_AT]
+        words = b"%b%b" % (name, head.method[:_MOST_METHOD])
+        target = mask_secrets(head.target)
+        room = _ROOM - _HEAD_TEXT_AT - len(words)
+        if len(target) > room:
+            kept = room - 32
+            target = b"%b... (%d more characters)" % (target[:kept], len(target) - kept)
+        text = words + target
         length = head.section.content_length
-        _HEAD.pack_into(memory, at + _HEAD_AT, -1 if length is None else length, len(name), len(method), len(text))
+        sizes = len(name), len(words) - len(name), len(text)
+        _HEAD.pack_into(memory, at + _HEAD_AT, -1 if length is None else length, *sizes)
         memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + len(text)] = text
 
     def stage(self, phase: Phase, status: int, expected: int | None) -> None:
@@ -5155,7 +5220,7 @@ class Relay:
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
-        self._noted_head: ResponseHead | None = None  # see _note_progress
+        self._noted_head: ResponseHead | None = None  # see note_progress
         self._noted_finished: bool | None = None
         self._head_from = ENDLESS  # what response.written was when the final head was queued
         self.guarded: list[AnyEndpoint] = []  # see _guard
@@ -5320,7 +5385,7 @@ class Relay:
                 upstream_events |= WRITABLE
             if waiter.watches:
                 self._set_watches(now, client_events, upstream_events)
-            self._note_progress()
+            self.note_progress()
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
             if client.unflushed and client_ready & WRITABLE:
                 self._flush_endpoint(client)
@@ -5353,7 +5418,7 @@ class Relay:
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
 
-    def _note_progress(self) -> None:
+    def note_progress(self) -> None:
         """Leave word of how far it has come: with each turn of the loop, as any of its waits may be the last."""
         request, response, head = self.request, self.response, self.response_head
         slot = self.waiter.slot
@@ -5983,7 +6048,9 @@ class Relay:
     def unguard(self) -> None:
         """What ends with its connection is whole, or was not begun."""
         while self.guarded:
-            fin_on_close(self.guarded.pop().sock)
+            sock = self.guarded.pop().sock
+            if sock.fileno() >= 0:  # upstream's may have been closed, and its reset was right
+                fin_on_close(sock)
 
     def _release_pipe(self, flow: Flow) -> None:
         if flow.pipe is not None:
@@ -6040,20 +6107,8 @@ between.
 """
 
 
-# --- proxy/record.py, line 32 ---
+# --- proxy/record.py, line 31 ---
 
-# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
-# target that is an authority. It ends with the last "@" before what can't be in it.
-_USER_INFORMATION = re.compile(
-    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
-)
-# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
-# a value has fields of its own, percent-encoded or not.
-_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
-_SECRET_NAMES = frozenset(
-    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
-    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
-)
 _Made = typing.TypeVar("_Made")
 _BYTE_COUNTS = (
     "client_read",
@@ -6066,34 +6121,6 @@ _BYTE_COUNTS = (
 _quote = json.encoder.encode_basestring_ascii
 # A longer target goes the general way, where what is too long for a line is cut.
 _LONG_TARGET = 4096
-
-
-def printable(octets: bytes) -> str:
-    """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
-    text = octets.decode("ascii", "backslashreplace")
-    return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
-
-
-def mask_secrets(target: bytes) -> bytes:
-    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
-    fragment, which no target has, goes.
-    """
-    if b"@" in target or b"%40" in target:
-        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
-    if b"?" not in target and b"#" not in target:
-        return target
-    target, fragment, _ = target.partition(b"#")
-    path, mark, query = target.partition(b"?")
-    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
-    return path + mark + fields + (b"#***" if fragment else b"")
-
-
-def _mask_field(field: bytes) -> bytes:
-    for match in _FIELD_NAME.finditer(field):
-        name = match[1]
-        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
-            return field[: match.end()] + b"***"
-    return field
 
 
 class Tally:
@@ -6230,7 +6257,6 @@ class Record:
         else:
             event, level = "request.abort", "warning"
         self.about.slot.end()
-        self._tally.add(_EVENT_INDEX[event])
         try:
             if abort is None:
                 if self._log.info_enabled:
@@ -6247,6 +6273,8 @@ class Record:
                 pid=self.about.pid,
                 traceback=_traceback_text(bug),
             )
+        # After the line: should the worker die in between, the balance tells of it.
+        self._tally.add(_EVENT_INDEX[event])
         return error is None or isinstance(error, Exception)
 
     def forget(self) -> None:
@@ -6583,7 +6611,7 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
     """
     abort = Abort(Side.PROXY, request.phase, None, cause)
     method = printable(request.method) if request.method is not None else None
-    target = printable(mask_secrets(request.target)) if request.target is not None else None
+    target = printable(request.target) if request.target is not None else None
     what = f"{method} {target}"[:300] if method is not None else "a request"
     duration_s = time.monotonic() - request.first_at
     counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
@@ -7220,7 +7248,8 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
-                slot.describe(record.first_at, head, request_id, "", len(body), 0)
+                read = 0 if relay.request.framing is NO_BODY else len(body)
+                slot.describe(record.first_at, head, request_id, "", read, 0, 0)
                 try:
                     self._connect(connection, head)
                 except Abort:
@@ -7237,7 +7266,9 @@ class ClientConnection:
                 relay.residue = b""
                 relay.attach(upstream, connection.memory, head_octets, body, now)
                 behind = len(relay.residue)
-                slot.describe(record.first_at, head, request_id, upstream.name, relay.request.read, relay.request.end)
+                request = relay.request
+                content = request.framing.content
+                slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
                 relay.run()
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
@@ -7355,6 +7386,9 @@ class ClientConnection:
         if not octets:
             raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
         self._residue += octets
+        if self.record is not None and self.record.relay is not None:
+            if self.record.relay.request.framing is not NO_BODY:
+                self.waiter.slot.count(len(self._residue), 0, 0, 0, 0, 0)
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
@@ -7411,13 +7445,16 @@ class ClientConnection:
             assert relay is not None
             try:
                 if relay.response.written >= _SETTLE_MIN:
+                    relay.note_progress()
                     self._await_delivery(relay)
             except Abort as late:
                 abort = late
             else:
                 self._close_mode = self._mode_after(relay)
                 return None
-        if relay is not None and relay.broken is not None and abort.original is None:
+        if relay is None:
+            self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
+        elif relay.broken is not None and abort.original is None:
             abort.original = relay.broken.original  # the first error, though not what ended it
         is_dead = abort.cause is Cause.DEAD_PEER
         spoke = abort.cause in (Cause.CLOSED, Cause.RESET)
@@ -7713,7 +7750,7 @@ Decides which thread serves a connection and how many there may be. What happens
 """
 
 
-# --- proxy/server.py, line 22 ---
+# --- proxy/server.py, line 23 ---
 
 # A thread that has nothing to do waits in accept; more than this many would only take memory.
 _MAX_IDLE_THREADS = 64

@@ -20,7 +20,7 @@ from .config import Settings, UnixAddress
 from .docker import error_line
 from .endpoint import IDLE_PATIENCE_S, NO_WAIT, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .fields import ForwardingContext, PreparedRequest, max_forwards, prepare_request, serialize_request
-from .framing import request_framing
+from .framing import NO_BODY, request_framing
 from .grammar import MAX_FIELDS, REQUEST_LINE, MalformedMessage
 from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head, parse_request_line
 from .inflight import SlotStore
@@ -561,7 +561,8 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
-                slot.describe(record.first_at, head, request_id, "", len(body), 0)
+                read = 0 if relay.request.framing is NO_BODY else len(body)
+                slot.describe(record.first_at, head, request_id, "", read, 0, 0)
                 try:
                     self._connect(connection, head)
                 except Abort:
@@ -578,7 +579,9 @@ class ClientConnection:
                 relay.residue = b""
                 relay.attach(upstream, connection.memory, head_octets, body, now)
                 behind = len(relay.residue)
-                slot.describe(record.first_at, head, request_id, upstream.name, relay.request.read, relay.request.end)
+                request = relay.request
+                content = request.framing.content
+                slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
                 relay.run()
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
@@ -696,6 +699,9 @@ class ClientConnection:
         if not octets:
             raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
         self._residue += octets
+        if self.record is not None and self.record.relay is not None:
+            if self.record.relay.request.framing is not NO_BODY:
+                self.waiter.slot.count(len(self._residue), 0, 0, 0, 0, 0)
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
@@ -752,13 +758,16 @@ class ClientConnection:
             assert relay is not None
             try:
                 if relay.response.written >= _SETTLE_MIN:
+                    relay.note_progress()
                     self._await_delivery(relay)
             except Abort as late:
                 abort = late
             else:
                 self._close_mode = self._mode_after(relay)
                 return None
-        if relay is not None and relay.broken is not None and abort.original is None:
+        if relay is None:
+            self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
+        elif relay.broken is not None and abort.original is None:
             abort.original = relay.broken.original  # the first error, though not what ended it
         is_dead = abort.cause is Cause.DEAD_PEER
         spoke = abort.cause in (Cause.CLOSED, Cause.RESET)

@@ -13,6 +13,7 @@ import mmap
 import struct
 
 from .head import RequestHead
+from .masking import mask_secrets
 from .vocabulary import Phase
 
 # A slot begins with whether a request is in flight, and when its first byte came; then phase, status (0: none),
@@ -28,6 +29,7 @@ _CONNECTION_AT, _CONNECTION = 222, struct.Struct("=HH")
 _CONNECTION_TEXT_AT = 226
 _HEAD_TEXT_AT = 400
 _ROOM = 1024
+_MOST_METHOD = 128
 # Requests on connections beyond these are counted where a worker dies, and not described.
 _MOST_SLOTS = 4096 + 128
 _PHASES = tuple(Phase)
@@ -49,7 +51,7 @@ class InFlight:
     request_id: str | None
     upstream: str | None
     method: bytes | None
-    target: bytes | None
+    target: bytes | None  # secrets masked, and cut where it is long
     expected_request: int | None
     expected_response: int | None
     client_read: int
@@ -88,10 +90,17 @@ class Slot:
         _STATE.pack_into(self._memory, self._at, 1, first_at, _HEAD_PHASE, 0, -1, read, 0, 0, 0, 0, 0, b"")
 
     def describe(
-        self, first_at: float, head: RequestHead, request_id: bytes, upstream: str, read: int, written: int
+        self,
+        first_at: float,
+        head: RequestHead,
+        request_id: bytes,
+        upstream: str,
+        read: int,
+        written: int,
+        content: int,
     ) -> None:
         """Its head has been read, and ``read`` octets of its body; upstream (empty while there is none) is about to
-        get ``written``.
+        get ``written``, of which ``content`` are content.
         """
         memory, at = self._memory, self._at
         known = self._head
@@ -108,15 +117,23 @@ class Slot:
                 self._upstream = upstream
                 self._describe_head(head, upstream)
         phase = _ANSWER_PHASE if upstream else _CONNECT_PHASE
-        _STATE.pack_into(memory, at, 1, first_at, phase, 0, -1, self._head_size + read, 0, 0, written, 0, 0, request_id)
+        _STATE.pack_into(
+            memory, at, 1, first_at, phase, 0, -1, self._head_size + read, 0, 0, written, content, 0, request_id
+        )
 
     def _describe_head(self, head: RequestHead, upstream: str) -> None:
         memory, at = self._memory, self._at
         name = upstream.encode("utf-8", "surrogateescape")
-        method, target = head.method, head.target
-        text = (name + method + target)[: _ROOM - _HEAD_TEXT_AT]
+        words = b"%b%b" % (name, head.method[:_MOST_METHOD])
+        target = mask_secrets(head.target)
+        room = _ROOM - _HEAD_TEXT_AT - len(words)
+        if len(target) > room:
+            kept = room - 32
+            target = b"%b... (%d more characters)" % (target[:kept], len(target) - kept)
+        text = words + target
         length = head.section.content_length
-        _HEAD.pack_into(memory, at + _HEAD_AT, -1 if length is None else length, len(name), len(method), len(text))
+        sizes = len(name), len(words) - len(name), len(text)
+        _HEAD.pack_into(memory, at + _HEAD_AT, -1 if length is None else length, *sizes)
         memory[at + _HEAD_TEXT_AT : at + _HEAD_TEXT_AT + len(text)] = text
 
     def stage(self, phase: Phase, status: int, expected: int | None) -> None:

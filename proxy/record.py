@@ -10,7 +10,6 @@ import collections.abc
 import errno
 import json
 import os
-import re
 import socket
 import ssl
 import threading
@@ -18,7 +17,6 @@ import time
 import traceback
 import types
 import typing
-import urllib.parse
 
 from .aborts import Abort
 from .framing import NO_BODY
@@ -26,21 +24,10 @@ from .head import RequestHead
 from .inflight import InFlight, Slot
 from .limits import Bound, Limit
 from .log import SCHEMA_VERSION, EventLog, timestamp
+from .masking import mask_secrets, printable
 from .relay import Relay
 from .vocabulary import Cause, Operation, Phase, Side
 
-# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
-# target that is an authority. It ends with the last "@" before what can't be in it.
-_USER_INFORMATION = re.compile(
-    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
-)
-# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
-# a value has fields of its own, percent-encoded or not.
-_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
-_SECRET_NAMES = frozenset(
-    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
-    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
-)
 _Made = typing.TypeVar("_Made")
 _BYTE_COUNTS = (
     "client_read",
@@ -53,34 +40,6 @@ _BYTE_COUNTS = (
 _quote = json.encoder.encode_basestring_ascii
 # A longer target goes the general way, where what is too long for a line is cut.
 _LONG_TARGET = 4096
-
-
-def printable(octets: bytes) -> str:
-    """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
-    text = octets.decode("ascii", "backslashreplace")
-    return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
-
-
-def mask_secrets(target: bytes) -> bytes:
-    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
-    fragment, which no target has, goes.
-    """
-    if b"@" in target or b"%40" in target:
-        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
-    if b"?" not in target and b"#" not in target:
-        return target
-    target, fragment, _ = target.partition(b"#")
-    path, mark, query = target.partition(b"?")
-    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
-    return path + mark + fields + (b"#***" if fragment else b"")
-
-
-def _mask_field(field: bytes) -> bytes:
-    for match in _FIELD_NAME.finditer(field):
-        name = match[1]
-        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
-            return field[: match.end()] + b"***"
-    return field
 
 
 class Tally:
@@ -217,7 +176,6 @@ class Record:
         else:
             event, level = "request.abort", "warning"
         self.about.slot.end()
-        self._tally.add(_EVENT_INDEX[event])
         try:
             if abort is None:
                 if self._log.info_enabled:
@@ -234,6 +192,8 @@ class Record:
                 pid=self.about.pid,
                 traceback=_traceback_text(bug),
             )
+        # After the line: should the worker die in between, the balance tells of it.
+        self._tally.add(_EVENT_INDEX[event])
         return error is None or isinstance(error, Exception)
 
     def forget(self) -> None:
@@ -570,7 +530,7 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
     """
     abort = Abort(Side.PROXY, request.phase, None, cause)
     method = printable(request.method) if request.method is not None else None
-    target = printable(mask_secrets(request.target)) if request.target is not None else None
+    target = printable(request.target) if request.target is not None else None
     what = f"{method} {target}"[:300] if method is not None else "a request"
     duration_s = time.monotonic() - request.first_at
     counts = {name: getattr(request, name) for name in _BYTE_COUNTS}

@@ -284,7 +284,7 @@ class Relay:
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
-        self._noted_head: ResponseHead | None = None  # see _note_progress
+        self._noted_head: ResponseHead | None = None  # see note_progress
         self._noted_finished: bool | None = None
         self._head_from = ENDLESS  # what response.written was when the final head was queued
         self.guarded: list[AnyEndpoint] = []  # see _guard
@@ -449,7 +449,7 @@ class Relay:
                 upstream_events |= WRITABLE
             if waiter.watches:
                 self._set_watches(now, client_events, upstream_events)
-            self._note_progress()
+            self.note_progress()
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
             if client.unflushed and client_ready & WRITABLE:
                 self._flush_endpoint(client)
@@ -482,7 +482,7 @@ class Relay:
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
 
-    def _note_progress(self) -> None:
+    def note_progress(self) -> None:
         """Leave word of how far it has come: with each turn of the loop, as any of its waits may be the last."""
         request, response, head = self.request, self.response, self.response_head
         slot = self.waiter.slot
@@ -1112,7 +1112,9 @@ class Relay:
     def unguard(self) -> None:
         """What ends with its connection is whole, or was not begun."""
         while self.guarded:
-            fin_on_close(self.guarded.pop().sock)
+            sock = self.guarded.pop().sock
+            if sock.fileno() >= 0:  # upstream's may have been closed, and its reset was right
+                fin_on_close(sock)
 
     def _release_pipe(self, flow: Flow) -> None:
         if flow.pipe is not None:

@@ -16,7 +16,8 @@ import typing
 from .aborts import Abort
 from .exchange import ClientConnection, Worker, log_connection_abort
 from .kernel import socket_evidence
-from .record import CONNECTIONS, describe_exception, printable
+from .masking import printable
+from .record import CONNECTIONS, describe_exception
 from .vocabulary import Cause, Phase, Side
 
 # A thread that has nothing to do waits in accept; more than this many would only take memory.

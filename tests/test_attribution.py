@@ -33,7 +33,7 @@ from peers import (
     silent,
     upgrade,
 )
-from proxy.record import mask_secrets
+from proxy.masking import mask_secrets
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 TO_THE_END = b"HTTP/1.1 200 OK\r\n\r\n"

@@ -4,14 +4,20 @@ Worker processes are killed from outside at every stage of a request; what the r
 peers sent and got.
 """
 
+import collections.abc
+import json
 import os
+import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from conftest import Certificates
-from harness import LogRecord, ProxyProcess, check_record, wait_until
-from peers import Upstream, Wire, answer_and_wait, chunk, connect, deaf, full_listener, ok, silent
+from harness import ROOT, LogRecord, ProxyProcess, check_record, wait_until
+from peers import Upstream, Wire, answer_all, answer_and_wait, chunk, connect, deaf, full_listener, ok, silent
 
 _MEBIBYTE = b"x" * (1024 * 1024)
 _HEAD = b"GET /x?token=secret&y=1 HTTP/1.1\r\nHost: t\r\nX-Request-Id: mine\r\n\r\n"
@@ -194,6 +200,120 @@ def test_a_tunnel_that_ends_in_order_still_does() -> None:
         assert upstream.wire().end == "fin"
 
 
+@pytest.mark.parametrize("size", [100_000, 4_000_000])
+def test_a_response_whose_last_octets_wait_for_the_client(size: int) -> None:
+    """All of it is written, and its delivery awaited: the record says that it was sent."""
+    with (
+        Upstream(answer_and_wait(ok(b"x" * size))) as upstream,
+        ProxyProcess(upstream.url) as proxy,
+        connect(proxy.address, receive_buffer=8192) as wire,
+    ):
+        wire.send(_HEAD)
+        wire.read_head()
+        while not _in_flight_says(proxy, lambda record: record["bytes"]["response_body"] == size):
+            wire.read(65536)
+        record = killed(proxy)
+        assert (record["phase"], record["status"]) == ("response_body", 200)
+        assert record["expected"]["response_body"] == record["bytes"]["response_body"] == size
+
+
+def test_a_small_request_body_is_counted_at_once() -> None:
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.read_exactly(5)
+        (worker,) = proxy.start_record["workers"]
+        os.kill(worker, signal.SIGKILL)  # before the answer has been awaited for long
+        wire.await_end()
+
+    with Upstream(script) as upstream, ProxyProcess(upstream.url) as proxy, connect(proxy.address) as wire:
+        wire.send(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhello")
+        record = proxy.next_request()
+        upstream.settle()
+        written = upstream.wire().received.count
+        head = len(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n")
+        assert record["bytes"] == _counts(client_read=head + 5, upstream_written=written, request_body=5)
+
+
+def test_requests_behind_the_one_in_flight_are_not_counted_with_it() -> None:
+    with full_listener() as port, ProxyProcess(f"http://127.0.0.1:{port}") as proxy, connect(proxy.address) as wire:
+        wire.send(_HEAD + b"GET /second HTTP/1.1\r\nHost: t\r\n\r\n")
+        _await_in_flight(proxy)
+        assert killed(proxy)["bytes"] == _counts(client_read=len(_HEAD))
+
+
+@pytest.mark.parametrize("size", [500, 600, 620, 640, 700, 5000])
+def test_a_long_target_is_cut_and_keeps_its_secrets(size: int) -> None:
+    target = b"/build?x=" + b"y" * size + b"&remote=https://user:hunter2@h/"
+    with Upstream(silent) as upstream, ProxyProcess(upstream.url) as proxy, connect(proxy.address) as wire:
+        wire.send(b"GET %b HTTP/1.1\r\nHost: t\r\n\r\n" % target)
+        upstream.await_head()
+        _await_in_flight(proxy)
+        record = killed(proxy)
+        assert "hunter2" not in json.dumps(record)
+        if size == 500:
+            assert record["target"].endswith("&remote=https://***@h/")
+        elif size == 5000:
+            kept, _, rest = record["target"].partition("... (")
+            masked = len(target) - len("user:hunter2") + len("***")
+            assert rest == f"{masked - len(kept)} more characters)"
+
+
+def test_a_method_longer_than_any_is_no_bug() -> None:
+    with (
+        Upstream(answer_and_wait(ok(b"fine"))) as upstream,
+        ProxyProcess(upstream.url, "--max-head-size", "1MiB") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.send(b"X" * 70_000 + b" / HTTP/1.1\r\nHost: t\r\n\r\n")
+        assert wire.read_response().body == b"fine"
+
+
+def test_a_record_that_could_not_be_written_before_the_end_is_missed(tmp_path: pathlib.Path) -> None:
+    """The reader of a pipe pauses; the worker is killed while it waits for it: the balance tells of the loss."""
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with Upstream(answer_all(ok(b"fine"))) as upstream:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "proxy", "--listen", f"unix:{tmp_path / 's'}", "--upstream", upstream.url),
+                *("--log-file", str(fifo), "--workers", "1"),
+            ],
+            cwd=ROOT,
+        )
+        try:
+            wait_until((tmp_path / "s").exists)
+            octets = b""
+            while b"server.start" not in octets:
+                octets += _read_pipe(reader)
+            (worker,) = json.loads(octets)["workers"]
+            answered = 0
+            with connect(str(tmp_path / "s")) as wire:
+                wire.sock.settimeout(0.3)
+                while True:
+                    wire.get("/")
+                    try:
+                        wire.read_response()
+                    except TimeoutError:
+                        break  # the record of the one before waits for the pipe
+                    answered += 1
+                    assert answered < 1000
+                os.kill(worker, signal.SIGKILL)
+                while b"worker.exit" not in octets:
+                    octets += _read_pipe(reader)
+        finally:
+            process.terminate()
+            while process.poll() is None:
+                octets += _read_pipe(reader)
+            octets += _read_pipe(reader)
+            os.close(reader)
+    records = [json.loads(line) for line in octets.splitlines()]
+    ended = next(record for record in records if record["event"] == "worker.exit")
+    complete = sum(record["event"] == "request.complete" for record in records)
+    assert ended["lost_requests"] == answered - complete == 1
+    assert records[-1]["balanced"] is False
+
+
 def test_all_requests_of_many_connections() -> None:
     with Upstream(silent) as upstream, ProxyProcess(upstream.url) as proxy:
         wires = [connect(proxy.address) for _ in range(50)]
@@ -242,6 +362,22 @@ def test_a_worker_that_is_stuck_when_its_time_is_up() -> None:
         check_record(record)
         assert (record["side"], record["phase"], record["cause"]) == ("proxy", "response_head", "shutdown")
         assert proxy.records()[-1]["balanced"] is True
+
+
+def _in_flight_says(proxy: ProxyProcess, what: collections.abc.Callable[[LogRecord], bool]) -> bool:
+    before = sum(record["event"] == "server.inflight" for record in proxy.records())
+    proxy.send_signal(signal.SIGUSR2)
+    wait_until(lambda: sum(record["event"] == "server.inflight" for record in proxy.records()) > before)
+    shown = [record for record in proxy.records() if record["event"] == "request.inflight"]
+    return bool(shown) and what(shown[-1])
+
+
+def _read_pipe(reader: int) -> bytes:
+    time.sleep(0.01)
+    try:
+        return os.read(reader, 1 << 20)
+    except BlockingIOError:
+        return b""
 
 
 def _counts(**known: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "proxy"
 
 # A module imports only from lower levels.
 LEVELS = {
-    0: {"vocabulary", "limits", "grammar", "kernel", "log", "dependencies"},
+    0: {"vocabulary", "limits", "grammar", "kernel", "log", "masking", "dependencies"},
     1: {"head", "aborts", "config"},
     2: {"framing", "fields", "endpoint", "reply", "inflight"},
     3: {"docker", "tls", "waiting"},

@@ -12,7 +12,8 @@ import pytest
 import harness
 from harness import LogRecord, ProxyProcess, wait_until
 from peers import PeerGone, Upstream, Wire, chunk, closed_port, connect, ok
-from proxy.record import Tally, mask_secrets, printable
+from proxy.masking import mask_secrets, printable
+from proxy.record import Tally
 
 _FAULTS = pathlib.Path(__file__).resolve().parent / "faults"
 _BIG = b"x" * (2 * 1024 * 1024)

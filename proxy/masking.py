@@ -1,0 +1,45 @@
+"""Octets of peers as text for a log: what is not printable escaped, secrets in a target masked."""
+
+import re
+import urllib.parse
+
+# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
+# target that is an authority. It ends with the last "@" before what can't be in it.
+_USER_INFORMATION = re.compile(
+    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
+)
+# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
+# a value has fields of its own, percent-encoded or not.
+_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
+_SECRET_NAMES = frozenset(
+    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
+    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
+)
+
+
+def printable(octets: bytes) -> str:
+    """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
+    text = octets.decode("ascii", "backslashreplace")
+    return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
+
+
+def mask_secrets(target: bytes) -> bytes:
+    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
+    fragment, which no target has, goes.
+    """
+    if b"@" in target or b"%40" in target:
+        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
+    if b"?" not in target and b"#" not in target:
+        return target
+    target, fragment, _ = target.partition(b"#")
+    path, mark, query = target.partition(b"?")
+    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
+    return path + mark + fields + (b"#***" if fragment else b"")
+
+
+def _mask_field(field: bytes) -> bytes:
+    for match in _FIELD_NAME.finditer(field):
+        name = match[1]
+        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
+            return field[: match.end()] + b"***"
+    return field
