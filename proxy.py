@@ -31,6 +31,7 @@ import http.server
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -71,7 +72,7 @@ without them gets commands to type and no traceback.
 """
 
 
-# --- proxy/dependencies.py, line 11 ---
+# --- proxy/dependencies.py, line 12 ---
 
 # Module, then the name of its package for apt and for pip.
 DEPENDENCIES = (
@@ -109,6 +110,10 @@ def open_standard_files() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    # What a locale has no letters for is shown all the same.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_line(text: str) -> None:
@@ -2295,14 +2300,19 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
         text = octets.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = octets[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{where}: line {line} is not UTF-8; save the file as UTF-8") from error
+        raise ConfigError(
+            f"{where}: line {line} is not UTF-8; save it as UTF-8, or check that it is the right file"
+        ) from error
     try:
         table = tomllib.loads(text, parse_float=_parse_float)
         repr(table)  # fails where an error message would: a hexadecimal number of any length is read, but not shown
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         # TOMLDecodeError says line and column.
         problem = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f'{where}: is not TOML: {problem[:200]}; write lines such as name = "value"') from error
+        mend = 'write lines such as name = "value"; all but plain numbers stand in quotes'
+        if problem.startswith("Cannot overwrite"):
+            mend = "an option is given twice; keep one of them"
+        raise ConfigError(f"{where}: is not TOML: {problem[:200]}; {mend}") from error
     except ValueError as error:
         # What int() and repr() say of more than 4300 digits.
         raise ConfigError(f"{where}: holds a number of thousands of digits; write a shorter one") from error
@@ -2315,7 +2325,7 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
             if isinstance(value, dict):
                 raise ConfigError(
                     f"{_quoted(name)} ({place}): is a table, and options stand at the top level;"
-                    f" remove the line [{_cut(name)}]"
+                    f" remove [{_cut(name)}], and write options without a dot"
                 )
             raise ConfigError(
                 _unknown(f"option {_quoted(name)} ({place})", name.replace("-", "_"), list(_BY_NAME), name)
@@ -2450,8 +2460,10 @@ def _parse_kind(option: Option, text: str, source: str) -> typing.Any:
         case Kind.NAME:
             return _parse_name(text) if text else _host_name_token()
         case Kind.LOG_FILE:
+            _encode_path(text)
             return text
         case Kind.PATH:
+            _encode_path(text)
             return None if text == "none" else text
         case _:  # pragma: no cover - the type check proves it unreachable
             typing.assert_never(option.kind)
@@ -2469,13 +2481,13 @@ def _example(option: Option) -> str:
         case Kind.NUMBER:
             return f"write a whole number from {option.least} to {option.most}"
         case Kind.SIZE:
-            return f"write bytes, such as 65536 or 64KiB, from {option.least} to {option.most}"
+            return f"write bytes, such as 65536, 64k or 64KiB, from {option.least} to {option.most}"
         case Kind.SIZE_OR_NONE:
-            return "write bytes, such as 65536 or 64KiB, or none to switch it off"
+            return "write bytes, such as 65536, 64k or 64KiB, or none to switch it off"
         case Kind.LIMIT:
-            return "write seconds, such as 10 or 0.5, or none to switch it off"
+            return "write seconds, such as 10 or 0.5, or with a unit (500ms, 10s, 5m, 1h), or none to switch it off"
         case Kind.SECONDS:
-            return "write seconds, such as 10 or 0.5; 0 waits for nothing"
+            return "write seconds, such as 10 or 0.5, or with a unit (500ms, 10s, 5m, 1h); 0 waits for nothing"
         case Kind.CHOICE:
             return f"write {' or '.join(option.choices)}"
         case Kind.NAME:
@@ -2494,7 +2506,9 @@ def _available_cores() -> int:
 
 
 _SECONDS = re.compile(r"(-?)([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?: ?(ms|s|m|h))?")
-_SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_SECONDS_PER_UNIT = {
+    unit: decimal.Decimal(each) for unit, each in (("ms", "0.001"), ("s", 1), ("m", 60), ("h", 3600), (None, 1))
+}
 
 
 def _parse_seconds(text: str) -> float:
@@ -2504,7 +2518,7 @@ def _parse_seconds(text: str) -> float:
     minus, digits, unit = match.groups()
     if minus:
         raise _BadValue("must not be negative")
-    seconds = float(digits) * _SECONDS_PER_UNIT[unit]
+    seconds = float(decimal.Decimal(digits) * _SECONDS_PER_UNIT[unit])  # of floats, 700 ms are 0.7000000000000001 s
     if seconds > LONGEST_S:
         raise _BadValue(f"is more than the kernel can count, {LONGEST_S} s (24 days)")
     if 0 < seconds < SHORTEST_S or (seconds == 0 and digits.strip("0.")):
@@ -2518,6 +2532,8 @@ _SIZE_PER_UNIT = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
 def _parse_size(option: Option, text: str) -> int:
     match = _SIZE.fullmatch(text)
+    if match is None and text.startswith("-") and _SIZE.fullmatch(text[1:]) is not None:
+        raise _BadValue("must not be negative")
     if match is None:
         raise _BadValue("is no number of bytes")
     size = int(match[1]) * _SIZE_PER_UNIT[(match[2] or "").lower()]
@@ -2529,6 +2545,8 @@ def _parse_size(option: Option, text: str) -> int:
 
 
 def _parse_number(text: str, least: int, most: int) -> int:
+    if re.fullmatch("-[0-9]{1,19}", text) is not None:
+        raise _BadValue("must not be negative")
     if re.fullmatch("[0-9]{1,19}", text) is None:
         raise _BadValue("is no whole number")
     if not least <= int(text) <= most:
@@ -2562,7 +2580,10 @@ def _parse_listen(text: str) -> TcpAddress | UnixAddress:
         raise _BadValue("has no port", f"write {_cut(text)}:8080")
     if host in ("", "*"):
         raise _BadValue("names no address", _which_addresses(port))
-    return TcpAddress(_parse_host(host), _parse_port(port, least=0))
+    host = _parse_host(host)
+    if re.fullmatch("[0-9.]+|.*:.*", host) and (ipaddress.ip_address(host).is_multicast or host == "255.255.255.255"):
+        raise _BadValue("is an address that nobody can connect to", _which_addresses(port))
+    return TcpAddress(host, _parse_port(port, least=0))
 
 
 def _which_addresses(port: str) -> str:
@@ -2634,6 +2655,13 @@ def _parse_port(text: str, least: int) -> int:
     return int(text)
 
 
+def _encode_path(text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:
+        raise _BadValue("can't be a path in this locale", "set LC_ALL=C.UTF-8, or use ASCII alone") from None
+
+
 def _parse_unix_path(text: str) -> str:
     if text.startswith("//"):
         # unix://var/run/docker.sock names the host "var".
@@ -2642,7 +2670,7 @@ def _parse_unix_path(text: str) -> str:
         text = text[2:]
     if not text or text.endswith("/"):
         raise _BadValue("names no socket", f"write unix:{_cut(text) or '/run/'}NAME.sock")
-    length = len(os.fsencode(text))
+    length = len(_encode_path(text))
     if length > _LONGEST_UNIX_PATH:
         raise _BadValue(f"is a path of {length} octets, and the kernel takes {_LONGEST_UNIX_PATH}", "use a shorter one")
     return text
@@ -2686,7 +2714,9 @@ def _is_itself(listen: "TcpAddress | UnixAddress", upstream: UpstreamUrl) -> boo
         return False
     # Not by looking names up: that is for the time when the address is wanted.
     reached = {"": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("127.0.0.1", "::1")}
-    return upstream.host.lower() in (listen.host.lower(), *reached.get(listen.host, ()))
+    reached["localhost"] = ("127.0.0.1", "::1")  # RFC 6761 §6.3
+    here = {listen.host.lower(), *reached.get(listen.host.lower(), ())}
+    return not here.isdisjoint((upstream.host.lower(), *reached.get(upstream.host.lower(), ())))
 
 
 # -- words of errors -------------------------------------------------------------------------------------------------
@@ -6341,6 +6371,7 @@ class Record:
         sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
         if (
             self.attempts
+            or relay.events
             or relay.tunnel
             or len(head.method) + len(head.target) > _LONG_TARGET
             or head_at is None
@@ -6419,6 +6450,8 @@ class Record:
         }
         if self.attempts:
             fields["attempts"] = self.attempts
+        if relay is not None and relay.events and abort is None:
+            fields["events"] = self._events()
         if abort is not None:
             fields |= self._abort_fields(abort, now)
             fields["message"] = self.sentence(abort)
@@ -6474,7 +6507,6 @@ class Record:
         return fields
 
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
-        relay = self.relay
         fields: dict[str, object] = {
             "side": abort.side.value,
             "phase": abort.phase.value,
@@ -6485,10 +6517,7 @@ class Record:
             "exception": describe_exception(abort.original),
             "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
-            "events": [
-                {"t": round(at - self.first_at, 6), "side": side, "what": what}
-                for at, side, what in (relay.events if relay is not None else [])
-            ],
+            "events": self._events(),
         }
         notes = getattr(abort, "__notes__", None)
         if notes:
@@ -6496,6 +6525,10 @@ class Record:
         if abort.cause is Cause.INTERNAL and abort.original is not None:
             fields["traceback"] = _traceback_text(abort.original)
         return fields
+
+    def _events(self) -> list[dict[str, object]]:
+        noted = self.relay.events if self.relay is not None else []
+        return [{"t": round(at - self.first_at, 6), "side": side, "what": what} for at, side, what in noted]
 
     def _stalled(self, now: float, *, refused: bool) -> dict[str, float]:
         """Time since the last byte moved, for each side and direction that was open."""
@@ -8059,16 +8092,21 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
             return [_listen_unix(address)], f"unix:{address.path}"
         return _listen_tcp(address, settings)
     except OSError as error:
-        raise _listen_error(where, error) from error
+        raise _listen_error(where, error, unix=isinstance(address, UnixAddress)) from error
 
 
 _LISTEN_HINTS = {
     errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
-    errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory,"
-    " and a socket that is there already is somebody else's",
-    errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
+    errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE",
     errno.EADDRNOTAVAIL: "this machine has no such address; choose one of its own, 0.0.0.0 or [::]",
     errno.EAFNOSUPPORT: "this machine has no such kind of address; choose another one",
+    errno.EINVAL: "a link-local address needs its interface, and others do; choose another address",
+    errno.EMFILE: _MORE_ROOM,
+}
+_UNIX_HINTS = {
+    errno.EADDRINUSE: "another process listens there; stop it, or choose another path",
+    errno.EACCES: "not allowed; the directory must be writable, and a socket that is there already is somebody else's",
+    errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
     errno.ENOENT: "the directory does not exist, or takes no files; choose another path",
     errno.ENOTDIR: "what should be a directory is none; choose another path",
     errno.ELOOP: "symbolic links lead in a circle; choose another path",
@@ -8077,8 +8115,8 @@ _LISTEN_HINTS = {
 }
 
 
-def _listen_error(where: str, error: OSError) -> ConfigError:
-    hint = _LISTEN_HINTS.get(error.errno or 0, "choose another address")
+def _listen_error(where: str, error: OSError, *, unix: bool = False) -> ConfigError:
+    hint = (_UNIX_HINTS if unix else _LISTEN_HINTS).get(error.errno or 0, "choose another address")
     if isinstance(error, socket.gaierror):
         hint = "write an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
     return ConfigError(f"{where}: {error.strerror or error}; {hint}")
@@ -9024,7 +9062,7 @@ exit status 2, never a traceback.
 COMMANDS = {
     "serve": "serve until told to stop; the default",
     "check": "look at the configuration only: print each value with its source (--json for programs); exit 0 or 2",
-    "demo": "show in 20 seconds what the proxy is for; needs no docker",
+    "demo": "show in 10 seconds what the proxy is for; needs no docker",
 }
 _LATER_COMMANDS = ("explain", "report")
 

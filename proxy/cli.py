@@ -24,7 +24,7 @@ from .workers import check_listen, check_log_file, serve
 COMMANDS = {
     "serve": "serve until told to stop; the default",
     "check": "look at the configuration only: print each value with its source (--json for programs); exit 0 or 2",
-    "demo": "show in 20 seconds what the proxy is for; needs no docker",
+    "demo": "show in 10 seconds what the proxy is for; needs no docker",
 }
 _LATER_COMMANDS = ("explain", "report")
 

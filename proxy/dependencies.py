@@ -5,6 +5,7 @@ without them gets commands to type and no traceback.
 """
 
 import importlib.util
+import io
 import os
 import sys
 
@@ -44,6 +45,10 @@ def open_standard_files() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    # What a locale has no letters for is shown all the same.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_line(text: str) -> None:

@@ -260,6 +260,7 @@ class Record:
         sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
         if (
             self.attempts
+            or relay.events
             or relay.tunnel
             or len(head.method) + len(head.target) > _LONG_TARGET
             or head_at is None
@@ -338,6 +339,8 @@ class Record:
         }
         if self.attempts:
             fields["attempts"] = self.attempts
+        if relay is not None and relay.events and abort is None:
+            fields["events"] = self._events()
         if abort is not None:
             fields |= self._abort_fields(abort, now)
             fields["message"] = self.sentence(abort)
@@ -393,7 +396,6 @@ class Record:
         return fields
 
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
-        relay = self.relay
         fields: dict[str, object] = {
             "side": abort.side.value,
             "phase": abort.phase.value,
@@ -404,10 +406,7 @@ class Record:
             "exception": describe_exception(abort.original),
             "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
-            "events": [
-                {"t": round(at - self.first_at, 6), "side": side, "what": what}
-                for at, side, what in (relay.events if relay is not None else [])
-            ],
+            "events": self._events(),
         }
         notes = getattr(abort, "__notes__", None)
         if notes:
@@ -415,6 +414,10 @@ class Record:
         if abort.cause is Cause.INTERNAL and abort.original is not None:
             fields["traceback"] = _traceback_text(abort.original)
         return fields
+
+    def _events(self) -> list[dict[str, object]]:
+        noted = self.relay.events if self.relay is not None else []
+        return [{"t": round(at - self.first_at, 6), "side": side, "what": what} for at, side, what in noted]
 
     def _stalled(self, now: float, *, refused: bool) -> dict[str, float]:
         """Time since the last byte moved, for each side and direction that was open."""

@@ -87,16 +87,21 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
             return [_listen_unix(address)], f"unix:{address.path}"
         return _listen_tcp(address, settings)
     except OSError as error:
-        raise _listen_error(where, error) from error
+        raise _listen_error(where, error, unix=isinstance(address, UnixAddress)) from error
 
 
 _LISTEN_HINTS = {
     errno.EADDRINUSE: "another process listens there; stop it, or choose another address (0: a free port)",
-    errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE, a path a writable directory,"
-    " and a socket that is there already is somebody else's",
-    errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
+    errno.EACCES: "not allowed; ports below 1024 need CAP_NET_BIND_SERVICE",
     errno.EADDRNOTAVAIL: "this machine has no such address; choose one of its own, 0.0.0.0 or [::]",
     errno.EAFNOSUPPORT: "this machine has no such kind of address; choose another one",
+    errno.EINVAL: "a link-local address needs its interface, and others do; choose another address",
+    errno.EMFILE: _MORE_ROOM,
+}
+_UNIX_HINTS = {
+    errno.EADDRINUSE: "another process listens there; stop it, or choose another path",
+    errno.EACCES: "not allowed; the directory must be writable, and a socket that is there already is somebody else's",
+    errno.EPROTOTYPE: "another process has a socket of another kind there; choose another path",
     errno.ENOENT: "the directory does not exist, or takes no files; choose another path",
     errno.ENOTDIR: "what should be a directory is none; choose another path",
     errno.ELOOP: "symbolic links lead in a circle; choose another path",
@@ -105,8 +110,8 @@ _LISTEN_HINTS = {
 }
 
 
-def _listen_error(where: str, error: OSError) -> ConfigError:
-    hint = _LISTEN_HINTS.get(error.errno or 0, "choose another address")
+def _listen_error(where: str, error: OSError, *, unix: bool = False) -> ConfigError:
+    hint = (_UNIX_HINTS if unix else _LISTEN_HINTS).get(error.errno or 0, "choose another address")
     if isinstance(error, socket.gaierror):
         hint = "write an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all"
     return ConfigError(f"{where}: {error.strerror or error}; {hint}")

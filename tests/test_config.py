@@ -9,6 +9,8 @@ import pathlib
 import re
 import socket
 import ssl
+import subprocess
+import sys
 import tomllib
 import types
 import typing
@@ -18,6 +20,7 @@ import hypothesis.strategies
 import pytest
 
 import proxy.config
+from harness import ROOT
 from proxy.config import OPTIONS, ConfigError, Kind, Settings, TcpAddress, UnixAddress, UpstreamUrl, load_settings
 from proxy.limits import Bound, Limit
 from proxy.tls import read_contexts
@@ -357,7 +360,7 @@ def test_a_number_of_thousands_of_digits(text: str, tmp_path: pathlib.Path) -> N
         ("keepalive_timeout = 1e300", "({}:1): is more than the kernel can count"),
         ("listen = 8080", "listen 8080 ({}:1): is a whole number, and must be a string; write HOST:PORT"),
         ("tls_cert = 5", "tls_cert 5 ({}:1): is a whole number, and must be a string; write a path"),
-        ("max_head_size = -1", "max_head_size '-1' ({}:1): is no number of bytes"),
+        ("max_head_size = -1", "max_head_size '-1' ({}:1): must not be negative"),
         ("proxy_name = 'a\\nb'", "proxy_name 'a\\\\nb' ({}:1): can't stand in Via"),
         ('log_file = ""', "log_file '' ({}:1): is empty; write a path, or - for stderr"),
         ('log_file = "a\\u0000b"', "log_file 'a\\x00b' ({}:1): holds a NUL character"),
@@ -482,7 +485,7 @@ def test_a_bad_value_in_the_environment_names_the_variable() -> None:
     error = _error([], {"PROXY_CLIENT_WRITE_TIMEOUT": "ten"})
     assert error == (
         "client_write_timeout 'ten' (env:PROXY_CLIENT_WRITE_TIMEOUT): is no number of seconds;"
-        " write seconds, such as 10 or 0.5, or none to switch it off"
+        " write seconds, such as 10 or 0.5, or with a unit (500ms, 10s, 5m, 1h), or none to switch it off"
     )
     assert "workers '' (env:PROXY_WORKERS): is empty; " in _error([], {"PROXY_WORKERS": ""})
 
@@ -755,6 +758,11 @@ def test_a_certificate_file_may_hold_its_key() -> None:
         ("[::]:80", "http://[::1]:80", True),
         ("[::]:80", "http://127.0.0.1:80", True),
         ("localhost:80", "http://LOCALHOST:80", True),
+        ("127.0.0.1:80", "http://localhost:80", True),
+        ("0.0.0.0:80", "http://localhost:80", True),
+        ("[::1]:80", "http://localhost:80", True),
+        ("localhost:80", "http://127.0.0.1:80", True),
+        ("127.0.0.2:80", "http://localhost:80", False),
         ("unix:{}/a", "unix://{}/a", True),
         ("unix:{}/link", "unix://{}/a", True),
         ("unix:{}/a", "unix://{}/b", False),
@@ -769,6 +777,58 @@ def test_the_proxy_is_not_its_own_upstream(listen: str, upstream: str, itself: b
         assert "(flag): is where the proxy itself listens, listen " in _error(arguments)
     else:
         load_settings(arguments, {})
+
+
+@pytest.mark.parametrize("text", ["224.0.0.1:80", "255.255.255.255:80", "[ff02::1]:80"])
+def test_an_address_nobody_can_connect_to_is_refused(text: str) -> None:
+    assert "is an address that nobody can connect to; write 127.0.0.1:80 for" in _error(["--listen", text])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("700ms", 0.7), ("1.1m", 66.0), ("0.1s", 0.1), ("3ms", 0.003), ("0.7h", 2520.0)]
+)
+def test_a_unit_gives_the_number_that_was_meant(text: str, seconds: float) -> None:
+    limit = load_settings(["--tunnel-timeout", text], {}).tunnel_timeout
+    assert limit is not None
+    assert repr(limit.seconds) == repr(seconds)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("log_file", "/tmp/\u00fc.log"),
+        ("tls_cert", "/tmp/\u00fc.pem"),
+        ("listen", "unix:/tmp/\u00fc"),
+        ("upstream", "unix:/tmp/\u00fc"),
+    ],
+)
+def test_a_path_that_the_locale_does_not_have_is_one_line(option: str, value: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(f'{option} = "{value}"\n', encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-m", "proxy", "check", "--config", str(file)],
+        cwd=ROOT,
+        env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert b"can't be a path in this locale; set LC_ALL=C.UTF-8" in done.stderr
+
+
+def test_what_standard_output_has_no_letters_for_is_shown_all_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "proxy", "check", "--upstream", "unix:/tmp/\u00fc.sock"],
+        cwd=ROOT,
+        env={"PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\xfc.sock" in done.stdout
 
 
 def test_a_certificate_file_that_goes_while_it_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:

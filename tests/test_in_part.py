@@ -144,3 +144,16 @@ def test_te_trailers_is_not_said_for_a_client_that_can_have_none() -> None:
                 wire.send(b"GET / HTTP/1.%d\r\nHost: t\r\nConnection: TE\r\nTE: trailers\r\n\r\n" % version)
                 upstream.await_head()
                 assert (b"TE: trailers" in bytes(upstream.wire().received)) is bool(version)
+
+
+def test_what_happened_on_the_way_is_told_of_a_request_that_completes_too() -> None:
+    excess = b"HTTP/1.1 103 Early Hints\r\n\r\n" + ok(b"fine") + b"more"
+    with Upstream(answer_at_once(excess)) as upstream, ProxyProcess(upstream.url) as proxy:
+        with connect(proxy.address) as wire:
+            wire.get("/")
+            assert b"fine" in wire.read_until(b"fine")
+        record = proxy.next_request()
+        check_record(record)
+        assert record["event"] == "request.complete"
+        assert [event["what"] for event in record["events"]] == ["103", "excess"]
+        assert all(0 <= event["t"] <= record["duration_s"] for event in record["events"])
