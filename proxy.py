@@ -3079,10 +3079,11 @@ class _LibraryHandler(logging.Handler):
 
 # --- proxy/masking.py, line 6 ---
 
-# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
-# target that is an authority. It ends with the last "@" before what can't be in it.
+# User information: of the target's own authority; of a URL further in; of one whose delimiters are percent-encoded. It
+# ends with the last "@" before what can't be in it.
 _USER_INFORMATION = re.compile(
-    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
+    rb"^((?:[a-z][a-z0-9+.\-]*://)?)[^/?#]+(@)|(://)[^/?#&]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)",
+    re.IGNORECASE,
 )
 # The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
 # a value has fields of its own, percent-encoded or not.
@@ -3105,12 +3106,13 @@ def mask_secrets(target: bytes) -> bytes:
     """
     if b"@" in target or b"%40" in target:
         target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
-    if b"?" not in target and b"#" not in target:
+    if b"?" not in target and b"&" not in target and b"#" not in target:
         return target
     target, fragment, _ = target.partition(b"#")
-    path, mark, query = target.partition(b"?")
-    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
-    return path + mark + fields + (b"#***" if fragment else b"")
+    first, *others = target.split(b"&")
+    path, mark, field = first.partition(b"?")
+    masked = b"&".join([path + mark + _mask_field(field), *map(_mask_field, others)])
+    return masked + (b"#***" if fragment else b"")
 
 
 def _mask_field(field: bytes) -> bytes:
@@ -5585,22 +5587,24 @@ class Relay:
         else:
             if len(self.residue) >= _MAX_RESIDUE and not ready & HUNG_UP:
                 return
-            try:
-                octets = client.read(_FIRST_READ, NO_WAIT)
-            except BlockingIOError:
-                if not ready & HUNG_UP:
-                    return
-            except OSError as error:
-                raise self._abort(client, Operation.READ, error) from error
-            else:
+            octets = b"..."
+            while octets:
+                try:
+                    octets = client.read(_FIRST_READ, NO_WAIT)
+                except BlockingIOError:
+                    if not ready & HUNG_UP:
+                        return
+                    break
+                except OSError as error:
+                    raise self._abort(client, Operation.READ, error) from error
                 if octets and request.framing.complete:
                     self.residue += octets
-                    return
-                if octets:
+                elif octets:
                     # Of a body that upstream does not take: it can't be sent again.
                     request.read += len(octets)
                     self.body_reads += 1
-                    return
+                if octets and not ready & HUNG_UP:
+                    return  # else its end is behind them
         if allow_half_close or self.tunnel:
             if not self.client_fin:
                 self._note("client", "fin")
@@ -6514,7 +6518,7 @@ class Record:
             "cause": abort.cause.value,
             "limit": describe_limit(abort),
             "error_type": abort.error_type,
-            "exception": describe_exception(abort.original),
+            "exception": describe_exception(self._first_error(abort)),
             "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
             "events": self._events(),
@@ -6525,6 +6529,11 @@ class Record:
         if abort.cause is Cause.INTERNAL and abort.original is not None:
             fields["traceback"] = _traceback_text(abort.original)
         return fields
+
+    def _first_error(self, abort: Abort) -> BaseException | None:
+        """Returns: what was met first: the error of a write that upstream did not take, if there was one."""
+        broken = self.relay.broken if self.relay is not None else None
+        return broken.original if broken is not None and broken.original is not None else abort.original
 
     def _events(self) -> list[dict[str, object]]:
         noted = self.relay.events if self.relay is not None else []
@@ -7191,11 +7200,7 @@ class ClientConnection:
         if refusal is not None:
             if self._residue:
                 # What has come of its body with the head is of this request, too.
-                framing = request_framing(head.section, self.settings.max_head_size.value)
-                try:
-                    record.head_read += framing.feed(self._residue, 0, len(self._residue))
-                except MalformedMessage:
-                    record.head_read += len(self._residue)
+                record.head_read += self._own_octets(head, self._residue)
             raise refusal
 
     def _find_refusal(self, head: RequestHead) -> Abort | None:
@@ -7281,10 +7286,9 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
-                read = 0 if relay.request.framing is NO_BODY else len(body)
-                slot.describe(record.first_at, head, request_id, "", read, 0, 0)
+                slot.describe(record.first_at, head, request_id, "", self._own_octets(head, body), 0, 0)
                 try:
-                    self._connect(connection, head)
+                    self._connect(connection, head, body)
                 except Abort:
                     relay.count_unsent(body + self._residue)
                     raise
@@ -7349,8 +7353,18 @@ class ClientConnection:
             return False  # which is said when it is to be relayed
         return framing.complete
 
-    def _connect(self, connection: AnyConnection, head: RequestHead) -> None:
-        """Connect to upstream under its limit, with an eye on the client. Raises: Abort."""
+    def _own_octets(self, head: RequestHead, body: bytes) -> int:
+        """Returns: how many of the octets that came behind a head belong to its request."""
+        framing = request_framing(head.section, self.settings.max_head_size.value)
+        try:
+            return framing.feed(body, 0, len(body))
+        except MalformedMessage:
+            return len(body)
+
+    def _connect(self, connection: AnyConnection, head: RequestHead, body: bytes) -> None:
+        """Connect to upstream under its limit, with an eye on the client, of whose ``body`` so much has come. Raises:
+        Abort.
+        """
         waiter = self.waiter
         limit = self.settings.upstream_connect_timeout
         began_at = time.monotonic()
@@ -7372,12 +7386,12 @@ class ClientConnection:
                 if reads_ahead:
                     # Under TLS only a read tells the end of the client's side, and whether it is an orderly one.
                     if self.client.has_unread:
-                        self._read_ahead()
+                        self._read_ahead(head, body)
                     room = len(self._residue) < _HEAD_READ
                     mask = POLLRDHUP | (self.client.read_event if room else 0)
                 client_ready, upstream_ready, now = waiter.wait(mask, fd, events, due_at)
                 if reads_ahead and client_ready:
-                    self._read_ahead()
+                    self._read_ahead(head, body)
                 if client_ready & HUNG_UP:
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if number:
@@ -7405,7 +7419,7 @@ class ClientConnection:
         finally:
             waiter.forget_upstream()
 
-    def _read_ahead(self) -> None:
+    def _read_ahead(self, head: RequestHead, body: bytes) -> None:
         """Read what the client sends under TLS while upstream is being connected. Raises: Abort at its end."""
         if len(self._residue) >= _HEAD_READ:
             return
@@ -7419,9 +7433,7 @@ class ClientConnection:
         if not octets:
             raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
         self._residue += octets
-        if self.record is not None and self.record.relay is not None:
-            if self.record.relay.request.framing is not NO_BODY:
-                self.waiter.slot.count(len(self._residue), 0, 0, 0, 0, 0)
+        self.waiter.slot.count(self._own_octets(head, body + self._residue), 0, 0, 0, 0, 0)
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
@@ -7487,8 +7499,6 @@ class ClientConnection:
                 return None
         if relay is None:
             self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
-        elif relay.broken is not None and abort.original is None:
-            abort.original = relay.broken.original  # the first error, though not what ended it
         is_dead = abort.cause is Cause.DEAD_PEER
         spoke = abort.cause in (Cause.CLOSED, Cause.RESET)
         by_client, by_upstream = abort.side is Side.CLIENT, abort.side is Side.UPSTREAM

@@ -20,7 +20,7 @@ from .config import Settings, UnixAddress
 from .docker import error_line
 from .endpoint import IDLE_PATIENCE_S, NO_WAIT, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .fields import ForwardingContext, PreparedRequest, max_forwards, prepare_request, serialize_request
-from .framing import NO_BODY, request_framing
+from .framing import request_framing
 from .grammar import MAX_FIELDS, REQUEST_LINE, MalformedMessage
 from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head, parse_request_line
 from .inflight import SlotStore
@@ -471,11 +471,7 @@ class ClientConnection:
         if refusal is not None:
             if self._residue:
                 # What has come of its body with the head is of this request, too.
-                framing = request_framing(head.section, self.settings.max_head_size.value)
-                try:
-                    record.head_read += framing.feed(self._residue, 0, len(self._residue))
-                except MalformedMessage:
-                    record.head_read += len(self._residue)
+                record.head_read += self._own_octets(head, self._residue)
             raise refusal
 
     def _find_refusal(self, head: RequestHead) -> Abort | None:
@@ -561,10 +557,9 @@ class ClientConnection:
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
-                read = 0 if relay.request.framing is NO_BODY else len(body)
-                slot.describe(record.first_at, head, request_id, "", read, 0, 0)
+                slot.describe(record.first_at, head, request_id, "", self._own_octets(head, body), 0, 0)
                 try:
-                    self._connect(connection, head)
+                    self._connect(connection, head, body)
                 except Abort:
                     relay.count_unsent(body + self._residue)
                     raise
@@ -629,8 +624,18 @@ class ClientConnection:
             return False  # which is said when it is to be relayed
         return framing.complete
 
-    def _connect(self, connection: AnyConnection, head: RequestHead) -> None:
-        """Connect to upstream under its limit, with an eye on the client. Raises: Abort."""
+    def _own_octets(self, head: RequestHead, body: bytes) -> int:
+        """Returns: how many of the octets that came behind a head belong to its request."""
+        framing = request_framing(head.section, self.settings.max_head_size.value)
+        try:
+            return framing.feed(body, 0, len(body))
+        except MalformedMessage:
+            return len(body)
+
+    def _connect(self, connection: AnyConnection, head: RequestHead, body: bytes) -> None:
+        """Connect to upstream under its limit, with an eye on the client, of whose ``body`` so much has come. Raises:
+        Abort.
+        """
         waiter = self.waiter
         limit = self.settings.upstream_connect_timeout
         began_at = time.monotonic()
@@ -652,12 +657,12 @@ class ClientConnection:
                 if reads_ahead:
                     # Under TLS only a read tells the end of the client's side, and whether it is an orderly one.
                     if self.client.has_unread:
-                        self._read_ahead()
+                        self._read_ahead(head, body)
                     room = len(self._residue) < _HEAD_READ
                     mask = POLLRDHUP | (self.client.read_event if room else 0)
                 client_ready, upstream_ready, now = waiter.wait(mask, fd, events, due_at)
                 if reads_ahead and client_ready:
-                    self._read_ahead()
+                    self._read_ahead(head, body)
                 if client_ready & HUNG_UP:
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if number:
@@ -685,7 +690,7 @@ class ClientConnection:
         finally:
             waiter.forget_upstream()
 
-    def _read_ahead(self) -> None:
+    def _read_ahead(self, head: RequestHead, body: bytes) -> None:
         """Read what the client sends under TLS while upstream is being connected. Raises: Abort at its end."""
         if len(self._residue) >= _HEAD_READ:
             return
@@ -699,9 +704,7 @@ class ClientConnection:
         if not octets:
             raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
         self._residue += octets
-        if self.record is not None and self.record.relay is not None:
-            if self.record.relay.request.framing is not NO_BODY:
-                self.waiter.slot.count(len(self._residue), 0, 0, 0, 0, 0)
+        self.waiter.slot.count(self._own_octets(head, body + self._residue), 0, 0, 0, 0, 0)
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
@@ -767,8 +770,6 @@ class ClientConnection:
                 return None
         if relay is None:
             self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
-        elif relay.broken is not None and abort.original is None:
-            abort.original = relay.broken.original  # the first error, though not what ended it
         is_dead = abort.cause is Cause.DEAD_PEER
         spoke = abort.cause in (Cause.CLOSED, Cause.RESET)
         by_client, by_upstream = abort.side is Side.CLIENT, abort.side is Side.UPSTREAM

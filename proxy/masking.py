@@ -3,10 +3,11 @@
 import re
 import urllib.parse
 
-# User information: of a URL, of one whose delimiters are percent-encoded, as in the value of a query field, and of a
-# target that is an authority. It ends with the last "@" before what can't be in it.
+# User information: of the target's own authority; of a URL further in; of one whose delimiters are percent-encoded. It
+# ends with the last "@" before what can't be in it.
 _USER_INFORMATION = re.compile(
-    rb"(://)[^/?#]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)|^()[^/?#]+(@)", re.IGNORECASE
+    rb"^((?:[a-z][a-z0-9+.\-]*://)?)[^/?#]+(@)|(://)[^/?#&]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)",
+    re.IGNORECASE,
 )
 # The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
 # a value has fields of its own, percent-encoded or not.
@@ -29,12 +30,13 @@ def mask_secrets(target: bytes) -> bytes:
     """
     if b"@" in target or b"%40" in target:
         target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
-    if b"?" not in target and b"#" not in target:
+    if b"?" not in target and b"&" not in target and b"#" not in target:
         return target
     target, fragment, _ = target.partition(b"#")
-    path, mark, query = target.partition(b"?")
-    fields = b"&".join(_mask_field(field) for field in query.split(b"&"))
-    return path + mark + fields + (b"#***" if fragment else b"")
+    first, *others = target.split(b"&")
+    path, mark, field = first.partition(b"?")
+    masked = b"&".join([path + mark + _mask_field(field), *map(_mask_field, others)])
+    return masked + (b"#***" if fragment else b"")
 
 
 def _mask_field(field: bytes) -> bytes:

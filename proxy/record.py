@@ -403,7 +403,7 @@ class Record:
             "cause": abort.cause.value,
             "limit": describe_limit(abort),
             "error_type": abort.error_type,
-            "exception": describe_exception(abort.original),
+            "exception": describe_exception(self._first_error(abort)),
             "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
             "events": self._events(),
@@ -414,6 +414,11 @@ class Record:
         if abort.cause is Cause.INTERNAL and abort.original is not None:
             fields["traceback"] = _traceback_text(abort.original)
         return fields
+
+    def _first_error(self, abort: Abort) -> BaseException | None:
+        """Returns: what was met first: the error of a write that upstream did not take, if there was one."""
+        broken = self.relay.broken if self.relay is not None else None
+        return broken.original if broken is not None and broken.original is not None else abort.original
 
     def _events(self) -> list[dict[str, object]]:
         noted = self.relay.events if self.relay is not None else []

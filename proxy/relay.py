@@ -619,22 +619,24 @@ class Relay:
         else:
             if len(self.residue) >= _MAX_RESIDUE and not ready & HUNG_UP:
                 return
-            try:
-                octets = client.read(_FIRST_READ, NO_WAIT)
-            except BlockingIOError:
-                if not ready & HUNG_UP:
-                    return
-            except OSError as error:
-                raise self._abort(client, Operation.READ, error) from error
-            else:
+            octets = b"..."
+            while octets:
+                try:
+                    octets = client.read(_FIRST_READ, NO_WAIT)
+                except BlockingIOError:
+                    if not ready & HUNG_UP:
+                        return
+                    break
+                except OSError as error:
+                    raise self._abort(client, Operation.READ, error) from error
                 if octets and request.framing.complete:
                     self.residue += octets
-                    return
-                if octets:
+                elif octets:
                     # Of a body that upstream does not take: it can't be sent again.
                     request.read += len(octets)
                     self.body_reads += 1
-                    return
+                if octets and not ready & HUNG_UP:
+                    return  # else its end is behind them
         if allow_half_close or self.tunnel:
             if not self.client_fin:
                 self._note("client", "fin")

@@ -910,6 +910,8 @@ _URL = b"/build?remote=https%3A%2F%2F"
         (b"/x?a=http%3A%2F%2Fh%2Fp%3Ftoken%3Dhunter2&b", b"/x?a=http%3A%2F%2Fh%2Fp%3Ftoken%3D***&b"),
         (b"u:hunter2@h:443", b"***@h:443"),
         (b"/x#token=hunter2", b"/x#***"),
+        (b"/a&token=hunter2?x=1", b"/a&token=***"),
+        (b"/x@y&token=hunter2", b"/x@y&token=***"),
         (b"http://user:hun@ter2@h/x?a=b", b"http://***@h/x?a=b"),
         (b"/x?tok%65n=hunter2", b"/x?tok%65n=***"),
         (b"/x?%54%4F%4B%45%4E=hunter2&a=b", b"/x?%54%4F%4B%45%4E=***&a=b"),
@@ -927,6 +929,8 @@ def test_secrets_that_are_spelled_in_other_ways_are_masked(target: bytes, masked
 @pytest.mark.parametrize(
     "target",
     [
+        b"/images/create?fromImage=http://reg:5000&tag=a@b",
+        b"/x?u=http://h&force=1&since=9&to=me@x",
         _URL + b"github.com%2Fx.git&t=a",
         _URL + b"github.com%2Fa%40b",
         b"/build?remote=https://github.com/x@v1",
@@ -1052,3 +1056,33 @@ def test_a_malformed_request_does_not_bring_its_secrets_into_the_log_or_the_answ
         _last_record(proxy)
         assert b"hunter2" not in answer
         assert "hunter2" not in proxy.log_path.read_text()
+
+
+def test_a_tls_client_that_sent_another_request_and_left_first_did_it(certificates: Certificates) -> None:
+    """Its end is behind octets that nobody has asked for."""
+    go, gone = threading.Event(), threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        assert go.wait(10)
+        wire.end_write()
+        gone.set()
+        wire.await_end()
+
+    with (
+        Upstream(script) as upstream,
+        ProxyProcess(upstream.url, "--tls-cert", certificates.server) as proxy,
+        connect(proxy.address, certificates.client_context()) as wire,
+    ):
+        wire.send(_get())
+        upstream.await_head()
+        time.sleep(0.1)  # longer than an answer is waited for in the read itself
+        with _standing_still(proxy):
+            wire.send(_get())
+            wire.end_write()
+            wire.sock.shutdown(socket.SHUT_WR)
+            go.set()
+            assert gone.wait(10)
+        record = _last_record(proxy)
+        assert (record["side"], record["cause"]) == ("client", "closed")
+        assert record["bytes"]["client_read"] == len(_get())

@@ -241,6 +241,23 @@ def test_requests_behind_the_one_in_flight_are_not_counted_with_it() -> None:
         assert killed(proxy)["bytes"] == _counts(client_read=len(_HEAD))
 
 
+def test_a_body_that_came_while_upstream_is_being_connected_is_counted_without_what_is_behind_it(
+    certificates: Certificates,
+) -> None:
+    """Under TLS it is read ahead, as only a read tells the end of the client's side."""
+    head = b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 1500\r\n\r\n"
+    with (
+        full_listener() as port,
+        ProxyProcess(f"http://127.0.0.1:{port}", "--tls-cert", certificates.server) as proxy,
+        connect(proxy.address, certificates.client_context()) as wire,
+    ):
+        wire.send(head + b"x" * 1000)
+        _await_in_flight(proxy)
+        wire.send(b"x" * 500 + b"GET /second HTTP/1.1\r\nHost: t\r\n\r\n")
+        time.sleep(0.3)  # nothing shows that it has been read
+        assert killed(proxy)["bytes"] == _counts(client_read=len(head) + 1500)
+
+
 @pytest.mark.parametrize("size", [500, 600, 620, 640, 700, 5000])
 def test_a_long_target_is_cut_and_keeps_its_secrets(size: int) -> None:
     target = b"/build?x=" + b"y" * size + b"&remote=https://user:hunter2@h/"
