@@ -6531,9 +6531,13 @@ class Record:
         return fields
 
     def _first_error(self, abort: Abort) -> BaseException | None:
-        """Returns: what was met first: the error of a write that upstream did not take, if there was one."""
+        """Returns: what was met first: the error of a write that upstream did not take, if there was one. An alert that is
+        read behind it was sent before, and is why.
+        """
         broken = self.relay.broken if self.relay is not None else None
-        return broken.original if broken is not None and broken.original is not None else abort.original
+        if broken is None or broken.original is None or isinstance(abort.original, ssl.SSLError):
+            return abort.original
+        return broken.original
 
     def _events(self) -> list[dict[str, object]]:
         noted = self.relay.events if self.relay is not None else []
