@@ -6531,8 +6531,8 @@ class Record:
         return fields
 
     def _first_error(self, abort: Abort) -> BaseException | None:
-        """Returns: what was met first: the error of a write that upstream did not take, if there was one. An alert that is
-        read behind it was sent before, and is why.
+        """Returns: what was met first: the error of a write that upstream did not take, if there was one. A TLS alert
+        that is read behind it was sent before, and is why.
         """
         broken = self.relay.broken if self.relay is not None else None
         if broken is None or broken.original is None or isinstance(abort.original, ssl.SSLError):
