@@ -8742,7 +8742,7 @@ def _socket_file(settings: Settings) -> tuple[str, int, int] | None:
 
 # --- proxy/demo.py, line 1 ---
 
-"""What the proxy is for, in 20 seconds and without docker: a slow push without limits, then under a forgotten one.
+"""What the proxy is for, in 10 seconds and without docker: a slow push without limits, then under a forgotten one.
 
 An embedded upstream answers a push as dockerd does, a real proxy runs before it, and what the client saw stands beside
 the record. The demo checks what it claims: it fails where record and client disagree.
