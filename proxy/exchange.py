@@ -18,11 +18,36 @@ import time
 from .aborts import Abort, classify, malformed_request, socket_abort
 from .config import Settings, UnixAddress
 from .docker import error_line
-from .endpoint import IDLE_PATIENCE_S, NO_WAIT, READABLE, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
-from .fields import ForwardingContext, PreparedRequest, max_forwards, prepare_request, serialize_request
+from .endpoint import (
+    ANSWER_PATIENCE_S,
+    IDLE_PATIENCE_S,
+    NO_WAIT,
+    READABLE,
+    WRITABLE,
+    AnyEndpoint,
+    Endpoint,
+    TlsEndpoint,
+    play_back,
+)
+from .fields import (
+    ForwardingContext,
+    PreparedRequest,
+    max_forwards,
+    prepare_request,
+    prepare_response,
+    serialize_request,
+    serialize_response,
+)
 from .framing import request_framing
 from .grammar import MAX_FIELDS, REQUEST_LINE, MalformedMessage
-from .head import RequestHead, SectionMemory, check_partial_head, parse_request_head, parse_request_line
+from .head import (
+    RequestHead,
+    SectionMemory,
+    check_partial_head,
+    parse_request_head,
+    parse_request_line,
+    parse_response_head,
+)
 from .inflight import SlotStore
 from .kernel import (
     POLLRDHUP,
@@ -36,16 +61,20 @@ from .kernel import (
 )
 from .limits import Bound, Limit, Watch
 from .log import EventLog
-from .record import ConnectionNotes, Record, Tally, describe_exception, describe_limit
-from .relay import PipeStore, Relay, dead_peer_limit
+from .record import ConnectionNotes, Outcome, Record, Tally, describe_exception, describe_limit
+from .relay import FIRST_READ, PipeStore, Relay, dead_peer_limit
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
-from .waiting import FAILED, HUNG_UP, Control, TimedWatch, Waiter
+from .waiting import FAILED, HUNG_UP, Control, TimedWatch, Waiter, pulse_interval
 
 _HEAD_READ = 64 * 1024
+# More than an exchange without a relay takes, which never waits but for an answer that comes soon.
+_AT_ONCE_S = 5 * ANSWER_PATIENCE_S
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
+# Final ones whose content is not what their Content-Length says, or whose fields are not all made beforehand.
+_SPECIAL_STATUSES = frozenset((204, 304, 426))
 
 # After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before
 # the record is written.
@@ -85,7 +114,10 @@ class Worker:
     proxy_name: bytes
     upstream_host: bytes
     client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
+    patient_from: int  # for which request a connection first waits in the read: the first one may be there already
+    answers_at_once: bool  # whether an exchange without a relay is over before any limit could run out
     watches_pulse: bool  # whether peers can vanish, and are watched for it
+    pulse_every_s: float  # how often they are looked at
 
     def context_of(self, address: str) -> ForwardingContext:
         """Returns: what the proxy says of a client with that address to upstream, from memory for the last address."""
@@ -141,7 +173,21 @@ def make_worker(
                 settings.client_write_deadline,
             )
         ),
+        patient_from=0 if isinstance(settings.listen, UnixAddress) else 1,
+        answers_at_once=all(
+            limit is None or limit.seconds >= _AT_ONCE_S
+            for limit in (
+                settings.client_write_timeout,
+                settings.client_write_deadline,
+                settings.upstream_write_timeout,
+                settings.upstream_write_deadline,
+                settings.upstream_head_timeout,
+                settings.upstream_read_timeout,
+                settings.upstream_read_deadline,
+            )
+        ),
         watches_pulse=settings.peer_dead_timeout is not None and not isinstance(settings.listen, UnixAddress),
+        pulse_every_s=pulse_interval(settings.peer_dead_timeout),
     )
 
 
@@ -186,7 +232,7 @@ class ClientConnection:
             self.client = Endpoint(sock, Side.CLIENT, name, pulse)
         else:
             self.client = TlsEndpoint(sock, Side.CLIENT, name, pulse, worker.server_tls, None)
-        self.waiter = Waiter(self.client, worker.control, dead, slot)
+        self.waiter = Waiter(self.client, worker.control, dead, worker.pulse_every_s, slot)
         self._memory = SectionMemory(worker.sections)
         self._residue = b""  # read from the client and not yet parsed
         self._context = worker.context_of(address)
@@ -327,7 +373,8 @@ class ClientConnection:
         if relay is not None:
             self._residue = relay.residue
             relay.release()
-        record.forget()
+        if record.abort is not None:
+            record.forget()
         self.record = None
         self.waiter.watches.clear()
         return self._close_mode == "keep"
@@ -339,9 +386,9 @@ class ClientConnection:
         begun_at = time.monotonic()
         skipped = False
         client = self.client
-        # A first request, and the next one, are about to come.
+        # The next request is about to come, or has come.
         soon = not client.has_unread and (keepalive is None or keepalive.seconds > IDLE_PATIENCE_S)
-        if soon and self.served == 0:
+        if soon and self.served == self.worker.patient_from:
             client.become_patient(IDLE_PATIENCE_S)
         while True:
             # One empty line before a request begins nothing (RFC 9112 §2.2).
@@ -467,11 +514,14 @@ class ClientConnection:
 
     def _judge(self, head: RequestHead, record: Record) -> None:
         """Refuse what may not pass, on the head alone. Raises: Abort with ``reject``."""
+        if head.passed and not self.overflow:
+            return
         refusal = self._find_refusal(head)
+        head.passed = refusal is None
         if refusal is not None:
             if self._residue:
                 # What has come of its body with the head is of this request, too.
-                record.head_read += self._own_octets(head, self._residue)
+                record.head_read += self._own_octets(head, self._residue)[0]
             raise refusal
 
     def _find_refusal(self, head: RequestHead) -> Abort | None:
@@ -521,15 +571,127 @@ class ClientConnection:
         return None
 
     def _exchange(self, record: Record, head: RequestHead, prepared: PreparedRequest) -> None:
-        """Lease an upstream connection and relay over it; once more on a fresh one where the first had gone stale.
-
-        Raises: Abort.
-        """
+        """Lease an upstream connection and pass the request on. Raises: Abort."""
+        worker = self.worker
         # How long a peer owes an answer can't be known before this request: look at it only some time later.
         self.waiter.next_pulse_at = record.first_at + self.waiter.pulse_every_s
         body, self._residue = self._residue, b""
         request_id = record.request_id.encode("ascii")
-        head_octets = serialize_request(head, prepared, request_id)
+        octets = serialize_request(head, prepared, request_id)
+        record.phase = Phase.CONNECT
+        pool = worker.pool  # a reload may put another in its place meanwhile
+        self.lease = connection = pool.lease()
+        upstream = connection.endpoint
+        if (
+            upstream is not None  # kept from an earlier request
+            and upstream.patience_s
+            and worker.answers_at_once
+            and len(body) == prepared.whole_with
+            and head.method != b"HEAD"
+        ):
+            record.upstream = upstream.name
+            record.connected_at = time.monotonic()
+            if self._exchange_at_once(record, head, prepared, request_id, octets, body, connection):
+                pool.release(connection)
+                self.lease = None
+                return
+        self._relay(record, head, prepared, request_id, octets, body, connection, pool)
+
+    def _exchange_at_once(
+        self,
+        record: Record,
+        head: RequestHead,
+        prepared: PreparedRequest,
+        request_id: bytes,
+        octets: bytes,
+        body: bytes,
+        connection: AnyConnection,
+    ) -> bool:
+        """Relay without a ``Relay``: send a request that is whole, and pass on an answer that comes at once, is whole
+        in one read, and has a length. Most are like that, and it takes half of the instructions (docs/performance.md).
+
+        Returns: whether it was so. If not, a relay has to go on, and meets again what happened here (``play_back``).
+        """
+        client, upstream = self.client, connection.endpoint
+        assert upstream is not None
+        content = len(body)
+        octets += body
+        size = len(octets)
+        self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
+        record.phase = Phase.REQUEST_BODY if body else Phase.RESPONSE_HEAD
+        written: int | OSError | None = None
+        answer: bytes | OSError | None = None
+        taken: int | OSError | None = None
+        try:
+            written = upstream.write(octets, NO_WAIT)
+            if written == size:
+                record.sent_at = sent_at = time.monotonic()
+                record.phase = Phase.RESPONSE_HEAD
+                answer = self.waiter.read_soon(upstream, FIRST_READ)
+                first_byte_at = time.monotonic()
+                head_size = answer.find(b"\r\n\r\n") + 4
+                if 4 <= head_size <= self.settings.max_head_size.value:
+                    response_head = parse_response_head(answer[:head_size], connection.memory)
+                    response = prepare_response(response_head, self._context.proxy_name, dechunk=False)
+                    length = response_head.section.content_length
+                    if (
+                        length is not None
+                        and head_size + length == len(answer) < FIRST_READ
+                        and response_head.status >= 200
+                        and response_head.status not in _SPECIAL_STATUSES
+                        and response.keep_alive
+                        and not self.worker.control.draining
+                    ):
+                        close = b"" if prepared.keep_alive else b"Connection: close\r\n"
+                        octets = serialize_response(response_head, response, close, request_id) + answer[head_size:]
+                        taken = client.write(octets, NO_WAIT)
+                        if taken == len(octets):
+                            now = time.monotonic()
+                            record.outcome = Outcome(
+                                response_head,
+                                sent_at,
+                                first_byte_at,
+                                now,
+                                content,
+                                taken,
+                                len(answer),
+                                written,
+                                content,
+                                length,
+                                prepared.keep_alive,
+                            )
+                            return True
+        except OSError as error:
+            if written is None:
+                written = error
+            elif answer is None:
+                answer = error
+            else:
+                taken = error
+        except MalformedMessage:
+            pass  # the relay will find the same
+        play_back(upstream, "write", written)
+        if answer is not None:
+            play_back(upstream, "read", answer)
+        if taken is not None:
+            play_back(client, "write", taken)
+        return False
+
+    def _relay(
+        self,
+        record: Record,
+        head: RequestHead,
+        prepared: PreparedRequest,
+        request_id: bytes,
+        octets: bytes,
+        body: bytes,
+        connection: AnyConnection,
+        pool: AnyPool,
+    ) -> None:
+        """Relay over a leased connection; once more over a fresh one where the first had gone stale.
+
+        ``octets`` are the head for upstream, ``body`` is what has come behind the client's. Raises: Abort.
+        """
         waiter = self.waiter
         slot = waiter.slot
         client_read = client_write = None
@@ -551,13 +713,10 @@ class ClientConnection:
             relay.client_read_watch = client_read
             relay.client_write_watch = client_write
             record.relay = relay
-            pool = self.worker.pool  # a reload may put another in its place meanwhile
-            connection = pool.lease(fresh=bool(record.attempts))
-            self.lease = connection
             reused = connection.is_open
             if not reused:
                 base_watches = list(waiter.watches)
-                slot.describe(record.first_at, head, request_id, "", self._own_octets(head, body), 0, 0)
+                slot.describe(record.first_at, head, request_id, "", self._own_octets(head, body)[0], 0, 0)
                 try:
                     self._connect(connection, head, body)
                 except Abort:
@@ -568,11 +727,12 @@ class ClientConnection:
             upstream = connection.endpoint
             assert upstream is not None
             record.upstream = connection.name
-            now = time.monotonic()
-            record.connected_at = now
+            now = record.connected_at  # known where it was met before
+            if now is None:
+                record.connected_at = now = time.monotonic()
             try:
                 relay.residue = b""
-                relay.attach(upstream, connection.memory, head_octets, body, now)
+                relay.attach(upstream, connection.memory, octets, body, now, record.sent_at)
                 behind = len(relay.residue)
                 request = relay.request
                 content = request.framing.content
@@ -585,12 +745,14 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
-                record.upstream = record.connected_at = None
+                record.upstream = record.connected_at = record.sent_at = None
                 self._drop_lease()
                 relay.release()
                 if client_read is not None:
                     client_read.rest()  # while the next connection is made nobody asks the client for octets
                 waiter.watches[:] = [w for w in waiter.watches if w.side is Side.CLIENT]
+                pool = self.worker.pool
+                self.lease = connection = pool.lease(fresh=True)
                 continue
             if relay.guarded:
                 relay.unguard()
@@ -605,7 +767,7 @@ class ClientConnection:
         assert record.head_at is not None
         read = write = None
         if settings.client_read_timeout is not None or settings.client_read_deadline is not None:
-            if not self._is_whole(head, body):
+            if not self._own_octets(head, body)[1]:
                 read = Watch(settings.client_read_timeout, settings.client_read_deadline)
                 read.start(record.first_at)
                 self.waiter.watches.append(TimedWatch(read, Side.CLIENT, Operation.READ))
@@ -615,22 +777,13 @@ class ClientConnection:
             self.waiter.watches.append(TimedWatch(write, Side.CLIENT, Operation.WRITE))
         return read, write
 
-    def _is_whole(self, head: RequestHead, body: bytes) -> bool:
-        """Whether nothing more is to be read of this request."""
+    def _own_octets(self, head: RequestHead, body: bytes) -> tuple[int, bool]:
+        """Returns: how many of the octets that came behind a head belong to its request, and whether it is whole."""
         framing = request_framing(head.section, self.settings.max_head_size.value)
         try:
-            framing.feed(body, 0, len(body))
+            return framing.feed(body, 0, len(body)), framing.complete
         except MalformedMessage:
-            return False  # which is said when it is to be relayed
-        return framing.complete
-
-    def _own_octets(self, head: RequestHead, body: bytes) -> int:
-        """Returns: how many of the octets that came behind a head belong to its request."""
-        framing = request_framing(head.section, self.settings.max_head_size.value)
-        try:
-            return framing.feed(body, 0, len(body))
-        except MalformedMessage:
-            return len(body)
+            return len(body), False  # which is said when it is to be relayed
 
     def _connect(self, connection: AnyConnection, head: RequestHead, body: bytes) -> None:
         """Connect to upstream under its limit, with an eye on the client, of whose ``body`` so much has come. Raises:
@@ -704,7 +857,7 @@ class ClientConnection:
         if not octets:
             raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
         self._residue += octets
-        self.waiter.slot.count(self._own_octets(head, body + self._residue), 0, 0, 0, 0, 0)
+        self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
@@ -758,6 +911,9 @@ class ClientConnection:
         """
         relay = record.relay
         if abort is None:
+            if record.outcome is not None:
+                self._close_mode = "keep" if record.outcome.keep_alive else "finish"
+                return None
             assert relay is not None
             try:
                 if relay.response.written >= _SETTLE_MIN:
@@ -845,7 +1001,7 @@ class ClientConnection:
         relay = record.relay
         gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
         self._close_mode = "close"
-        if gone:
+        if gone or record.outcome is not None:
             return
         if relay is None or not (relay.head_out or relay.mid_head):
             if self.client.mid_write:

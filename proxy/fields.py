@@ -54,6 +54,9 @@ class PreparedRequest(typing.NamedTuple):
     keep_alive: bool
     upgrade: bool
     expects_continue: bool
+    # Octets of body with which the request is whole; -1 where that shows only as they come (chunked), or where the
+    # answer has to be more than passed on (HTTP/1.0, Expect).
+    whole_with: int
 
 
 class PreparedResponse(typing.NamedTuple):
@@ -137,6 +140,12 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         lines.append(b"Connection: %b\r\n" % b", ".join(own_options))
     ids = known.get(b"x-request-id", [])
     expect = known.get(b"expect")
+    expects_continue = (
+        expect is not None
+        and head.minor == 1
+        and b"expect" not in options
+        and any(v.lower() == b"100-continue" for v in expect)
+    )
     prepared = PreparedRequest(
         minor=head.minor,
         context=context,
@@ -145,10 +154,8 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
         keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
         upgrade=upgrade,
-        expects_continue=expect is not None
-        and head.minor == 1
-        and b"expect" not in options
-        and any(v.lower() == b"100-continue" for v in expect),
+        expects_continue=expects_continue,
+        whole_with=-1 if section.chunked or expects_continue or not head.minor else section.content_length or 0,
     )
     section.prepared = head.prepared = prepared
     return prepared

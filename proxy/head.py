@@ -149,7 +149,8 @@ class RequestHead:
     section: HeaderSection
     size: int  # octets, the empty line included
     prepared: object = None  # belongs to ``fields``
-    logged: tuple[str, str] | None = None  # belongs to ``record``: what the records of this head say alike
+    passed: bool = False  # belongs to ``exchange``: nothing in it keeps it from going on
+    logged: tuple[str, str, str] | None = None  # belongs to ``record``: what the records of this head say alike
 
 
 @dataclasses.dataclass(slots=True)
@@ -174,11 +175,12 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     shared = memory.shared
     if shared is not None and (last := shared.last_request) is not None and last[0] == octets:
         known = last[1]
-        memory.head_octets = octets
+        if memory.head_octets is None:
+            memory.head_octets = b""
+            return known  # the one request of many a connection
         # A copy: what is prepared for the client of one connection must not push out what is for another's.
-        memory.request = head = RequestHead(
-            known.method, known.target, known.minor, known.section, known.size, known.prepared, known.logged
-        )
+        memory.head_octets = octets
+        memory.request = head = dataclasses.replace(known)
         return head
     line_end = octets.find(b"\r\n")
     method, target, minor = parse_request_line(octets[:line_end])

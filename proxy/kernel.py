@@ -289,8 +289,13 @@ class PeerPulse:
 
 
 def prepare_listener(sock: socket.socket, peer_dead_s: float | None, user_timeout_s: float | None) -> None:
-    """Set on a listener what its accepted sockets shall have: Linux copies all of it (tests/test_kernel.py)."""
+    """Set on a listener what its accepted sockets shall have: Linux copies all of it (tests/test_kernel.py). A TCP
+    connection is accepted when its client has spoken, so that no thread is woken twice; one that says nothing for a
+    second is accepted, too.
+    """
     prepare_socket(sock, peer_dead_s, user_timeout_s)
+    if sock.family != socket.AF_UNIX and hasattr(socket, "TCP_DEFER_ACCEPT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
 
 
 def prepare_socket(sock: socket.socket, peer_dead_s: float | None, user_timeout_s: float | None) -> None:
@@ -397,6 +402,21 @@ def raise_file_limit() -> tuple[int, int]:
         # Some systems call the hard limit infinite and do not grant that much: what we have has to do.
         return soft, soft
     return soft, hard
+
+
+def run_as_batch() -> bool:
+    """Ask the scheduler not to interrupt whoever runs each time a thread of this process wakes up.
+
+    Where threads share one interpreter it is mostly one of theirs who runs: it holds the interpreter's lock, the
+    thread that interrupts it wants that first of all, and each has been woken for nothing (docs/performance.md).
+    Returns: whether that is so now. A policy that somebody has chosen for us is left alone.
+    """
+    try:
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        return os.sched_getscheduler(0) == os.SCHED_BATCH
+    except (AttributeError, OSError):
+        return False  # not Linux, or forbidden in a sandbox
 
 
 def pin_to_core(index: int) -> int | None:

@@ -20,7 +20,7 @@ import typing
 
 from .aborts import Abort
 from .framing import NO_BODY
-from .head import RequestHead
+from .head import RequestHead, ResponseHead
 from .inflight import InFlight, Slot
 from .limits import Bound, Limit
 from .log import SCHEMA_VERSION, EventLog, timestamp
@@ -91,6 +91,24 @@ class ConnectionNotes:
         self.fields_text = f'"connection_id":"{connection_id}","pid":{pid},"client":{_quote(client)}'
 
 
+class Outcome(typing.NamedTuple):
+    """What the record of a complete exchange says of both messages. Times are on the monotonic clock; counts are of
+    octets, as in the field ``bytes``, and ``request_read`` is that of the body alone.
+    """
+
+    response_head: ResponseHead
+    sent_at: float
+    first_byte_at: float
+    last_byte_at: float
+    request_read: int
+    client_written: int
+    upstream_read: int
+    upstream_written: int
+    request_body: int
+    response_body: int
+    keep_alive: bool  # whether the client's connection may be used again
+
+
 class Record:
     """One request from its first byte to its event. Used by the thread of the connection; others may read it."""
 
@@ -109,9 +127,12 @@ class Record:
         "head",
         "head_at",
         "head_read",
+        "outcome",
+        "phase",
         "relay",
         "request_id",
         "request_line",
+        "sent_at",
         "told_at",
         "upstream",
         "upstream_evidence",
@@ -142,6 +163,9 @@ class Record:
         self.head_read = 0  # octets of the head
         self.head_at: float | None = None
         self.connected_at: float | None = None
+        self.sent_at: float | None = None  # when the request had gone out, where no relay sent it
+        self.outcome: Outcome | None = None  # of an exchange that needed no relay
+        self.phase = Phase.REQUEST_HEAD  # while there is no relay
         self.relay: Relay | None = None
         self.upstream: str | None = None
         self.abort: Abort | None = None
@@ -197,16 +221,16 @@ class Record:
         return error is None or isinstance(error, Exception)
 
     def forget(self) -> None:
-        """Let go of the frames in the traceback, which hold this record in turn. Call it after the event."""
-        if self.abort is not None:
-            self.abort.__traceback__ = None
-            if self.abort.original is not None:
-                self.abort.original.__traceback__ = None
-                self.abort.original.__context__ = None
+        """Let go of the frames in its abort's traceback, which hold this record in turn. Call it after the event."""
+        assert self.abort is not None
+        self.abort.__traceback__ = None
+        if self.abort.original is not None:
+            self.abort.original.__traceback__ = None
+            self.abort.original.__context__ = None
 
     def _bug(self, error: BaseException) -> Abort:
         cause = Cause.RESOURCE if isinstance(error, MemoryError) else Cause.INTERNAL
-        phase = self.relay.phase_of(Side.PROXY, Operation.READ) if self.relay is not None else Phase.REQUEST_HEAD
+        phase = self.relay.phase_of(Side.PROXY, Operation.READ) if self.relay is not None else self.phase
         return Abort(Side.PROXY, phase, None, cause, original=error)
 
     # -- what the event says -----------------------------------------------------------------------
@@ -221,7 +245,16 @@ class Record:
 
     def bytes(self) -> dict[str, int]:
         """Returns: the ``bytes`` field."""
-        relay = self.relay
+        relay, outcome = self.relay, self.outcome
+        if outcome is not None:
+            return {
+                "client_read": self.head_read + outcome.request_read,
+                "client_written": outcome.client_written + self.answered_bytes,
+                "upstream_read": outcome.upstream_read,
+                "upstream_written": outcome.upstream_written,
+                "request_body": outcome.request_body,
+                "response_body": outcome.response_body,
+            }
         if relay is None:
             none = dict.fromkeys(_BYTE_COUNTS, 0)
             return none | {"client_read": self.head_read, "client_written": self.answered_bytes}
@@ -238,6 +271,8 @@ class Record:
         """Returns: what the client was sent."""
         if self.answered is not None:
             return self.answered
+        if self.outcome is not None:
+            return self.outcome.response_head.status
         relay = self.relay
         return (
             relay.response_head.status
@@ -251,69 +286,100 @@ class Record:
 
         It is written for every small request, and the general way takes three times as long (scripts/bench).
         """
-        relay, head = self.relay, self.head
-        assert relay is not None
+        head, first_at, head_at, connected_at = self.head, self.first_at, self.head_at, self.connected_at
         assert head is not None
-        response_head = relay.response_head
-        assert response_head is not None
-        first_at, head_at, connected_at = self.first_at, self.head_at, self.connected_at
-        sent_at, first_byte_at, end_at = relay.sent_at, relay.first_byte_at, relay.last_byte_at
-        if (
-            self.attempts
-            or relay.events
-            or relay.tunnel
-            or len(head.method) + len(head.target) > _LONG_TARGET
-            or head_at is None
-            or connected_at is None
-            or sent_at is None
-            or first_byte_at is None
-            or end_at is None
-        ):
+        outcome = self.outcome or self._outcome_of_relay()
+        logged = head.logged or _say_alike(head)
+        if outcome is None or self.attempts or logged is None or head_at is None or connected_at is None:
             return self._log.formatter.line("info", "request.complete", self.fields(None))
-        if head.logged is None:
-            method = head.method.decode("ascii")  # a token: nothing in it needs escaping
-            target = _quote(mask_secrets(head.target).decode("ascii"))
-            head.logged = (f"{method} {target[1:-1]}", f'"method":"{method}","target":{target}')
-        what, method_and_target = head.logged
-        about, request, response = self.about, relay.request, relay.response
-        request_body = 0 if request.framing is NO_BODY else request.relayed_content()
-        response_body = response.relayed_content()
-        duration = f"{end_at - first_at:.6f}"
+        what, method_and_target, expected_request = logged
+        about = self.about
+        (
+            response_head,
+            sent_at,
+            first_byte_at,
+            last_byte_at,
+            request_read,
+            client_written,
+            upstream_read,
+            upstream_written,
+            request_body,
+            response_body,
+            _,
+        ) = outcome
+        duration = f"{last_byte_at - first_at:.6f}"
         status = response_head.status
-        expected_request = head.section.content_length
         expected_response = response_head.section.content_length
         return (
             f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":{SCHEMA_VERSION},'
             f'"message":"{what} answered {status} in {duration} s: {response_body:,} bytes of content'
             f' to client {about.client_text}","request_id":"{self.request_id}",{about.fields_text},'
             f'"upstream":{_quote(self.upstream or "")},{method_and_target},"status":{status},'
-            f'"bytes":{{"client_read":{self.head_read + request.read},"client_written":{response.written},'
-            f'"upstream_read":{response.read},"upstream_written":{request.written},'
+            f'"bytes":{{"client_read":{self.head_read + request_read},"client_written":{client_written},'
+            f'"upstream_read":{upstream_read},"upstream_written":{upstream_written},'
             f'"request_body":{request_body},"response_body":{response_body}}},'
-            f'"expected":{{"request_body":{"null" if expected_request is None else expected_request},'
+            f'"expected":{{"request_body":{expected_request},'
             f'"response_body":{"null" if expected_response is None else expected_response}}},'
             f'"duration_s":{duration},"timing_s":{{"head":{head_at - first_at:.6f},'
             f'"connected":{connected_at - first_at:.6f},"request_sent":{sent_at - first_at:.6f},'
             f'"first_byte":{first_byte_at - first_at:.6f},"last_byte":{duration}}}}}\n'
         )
 
+    def _outcome_of_relay(self) -> Outcome | None:
+        """Returns: the outcome of a relay that is done, None where there is more to tell."""
+        relay = self.relay
+        assert relay is not None
+        response_head, sent_at, first_byte_at = relay.response_head, relay.sent_at, relay.first_byte_at
+        last_byte_at = relay.last_byte_at
+        if (
+            relay.events
+            or relay.tunnel
+            or response_head is None
+            or sent_at is None
+            or first_byte_at is None
+            or last_byte_at is None
+        ):
+            return None
+        request, response = relay.request, relay.response
+        return Outcome(
+            response_head,
+            sent_at,
+            first_byte_at,
+            last_byte_at,
+            request.read,
+            response.written,
+            response.read,
+            request.written,
+            0 if request.framing is NO_BODY else request.relayed_content(),
+            response.relayed_content(),
+            not relay.close_client,
+        )
+
     def fields(self, abort: Abort | None) -> dict[str, object]:
         """Returns: the fields of the contract, those of an abort included if there is one."""
         now = time.monotonic()
-        relay = self.relay
-        if abort is None and relay is not None and relay.ended_at is not None:
+        relay, outcome = self.relay, self.outcome
+        response_head = relay.response_head if relay is not None else None
+        if outcome is not None:
+            response_head = outcome.response_head
+            now = outcome.last_byte_at
+        elif abort is None and relay is not None and relay.ended_at is not None:
             now = relay.ended_at  # what was awaited after that is its delivery
         first_at = self.first_at
         method, target = self.method_and_target()
         timing: dict[str, float] = {}
         expected: dict[str, int | None] = {
             "request_body": self.head.section.content_length if self.head is not None else None,
-            "response_body": None,
+            "response_body": response_head.section.content_length if response_head is not None else None,
         }
         moments: list[tuple[str, float | None]] = [("head", self.head_at), ("connected", self.connected_at)]
-        if relay is not None:
-            if relay.response_head is not None:
-                expected["response_body"] = relay.response_head.section.content_length
+        if outcome is not None:
+            moments += [
+                ("request_sent", outcome.sent_at),
+                ("first_byte", outcome.first_byte_at),
+                ("last_byte", outcome.last_byte_at),
+            ]
+        elif relay is not None:
             moments += [
                 ("request_sent", relay.sent_at),
                 ("first_byte", relay.first_byte_at),
@@ -344,8 +410,8 @@ class Record:
         if abort is not None:
             fields |= self._abort_fields(abort, now)
             fields["message"] = self.sentence(abort)
-        elif relay is not None and relay.response_head is not None:
-            content = relay.response.relayed_content()
+        elif response_head is not None:
+            content = self.bytes()["response_body"]
             what = f"{method} {target}"[:300]
             client = self.about.client
             answered = f"{what} answered {self.status()} in {now - first_at:.6f} s"
@@ -577,6 +643,20 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
         "socket": {"client": None, "upstream": None},
         "events": [],
     }
+
+
+def _say_alike(head: RequestHead) -> tuple[str, str, str] | None:
+    """Make, and keep with it, what the lines of all complete requests of this head say alike: for the message, the
+    fields for method and target, the announced length of the body. Returns: None where a line might be too long.
+    """
+    if len(head.method) + len(head.target) > _LONG_TARGET:
+        return None
+    method = head.method.decode("ascii")  # a token: nothing in it needs escaping
+    target = _quote(mask_secrets(head.target).decode("ascii"))
+    length = head.section.content_length
+    expected = "null" if length is None else str(length)
+    head.logged = logged = (f"{method} {target[1:-1]}", f'"method":"{method}","target":{target}', expected)
+    return logged
 
 
 def _unacknowledged(evidence: dict[str, object] | None) -> str:

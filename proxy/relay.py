@@ -20,7 +20,7 @@ from .config import Settings
 from .docker import hijacks, is_message_stream
 from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines, upgrade_protocols
-from .framing import ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, Octets, response_framing
+from .framing import CRLF, ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, Octets, response_framing
 from .grammar import MalformedMessage
 from .head import RequestHead, ResponseHead, SectionMemory, check_partial_response_head, parse_response_head
 from .kernel import POLLRDHUP, SplicePipe, fin_on_close, reset_on_close
@@ -29,7 +29,7 @@ from .vocabulary import Cause, Operation, Phase, Side
 from .waiting import FAILED, HUNG_UP, TimedWatch, Waiter
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
-_FIRST_READ = 64 * 1024
+FIRST_READ = 64 * 1024
 _BULK_BUFFER = 512 * 1024
 # Below this, two system calls through a pipe cost more than copying (scripts/bench measures both).
 _SPLICE_MIN = 128 * 1024
@@ -38,7 +38,6 @@ _SPLICE_AT_ONCE = 1024 * 1024
 # data.
 _MAX_RESIDUE = 64 * 1024
 _FREE_PIPES = 32
-_CRLF = b"\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -184,7 +183,7 @@ class Flow:
             if self.dechunk:
                 count -= self.end - max(self.start, self.fed_from)
             elif self.enchunk:
-                count -= max(0, self.end - len(_CRLF) - max(self.start, self.fed_from))
+                count -= max(0, self.end - len(CRLF) - max(self.start, self.fed_from))
             else:
                 framing = self.framing
                 fed = framing.content_between(self.mark, self.octets, self.fed_from, self.end)
@@ -200,6 +199,7 @@ class Relay:
         "_head_from",
         "_noted_finished",
         "_noted_head",
+        "_sent_before",
         "_stood",
         "awaited_from",
         "awaiting_continue",
@@ -290,6 +290,7 @@ class Relay:
         self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
+        self._sent_before: float | None = None  # see attach
         self.awaited_from: float | None = None  # the answer: since then all was sent, or no more could be
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
@@ -325,11 +326,20 @@ class Relay:
         if watch is not None:
             self.waiter.watches.append(TimedWatch(watch, side, operation))
 
-    def attach(self, upstream: AnyEndpoint, memory: SectionMemory, head: bytes, body: bytes, now: float) -> None:
+    def attach(
+        self,
+        upstream: AnyEndpoint,
+        memory: SectionMemory,
+        head: bytes,
+        body: bytes,
+        now: float,
+        sent_at: float | None = None,
+    ) -> None:
         """Give the relay its upstream connection, and the octets to begin with: the head, and what has come of the
-        body.
+        body. ``sent_at`` says when they were sent, if that was before (``play_back``).
         """
         self.upstream = upstream
+        self._sent_before = sent_at
         self.memory = memory
         waiter = self.waiter
         waiter.upstream = upstream
@@ -622,7 +632,7 @@ class Relay:
             octets = b"..."
             while octets:
                 try:
-                    octets = client.read(_FIRST_READ, NO_WAIT)
+                    octets = client.read(FIRST_READ, NO_WAIT)
                 except BlockingIOError:
                     if not ready & HUNG_UP:
                         return
@@ -650,7 +660,7 @@ class Relay:
         not wanted any more. Raises: Abort, unless it was close_notify.
         """
         try:
-            while octets := self.client.read(_FIRST_READ, NO_WAIT):
+            while octets := self.client.read(FIRST_READ, NO_WAIT):
                 self.request.read += len(octets)
         except BlockingIOError:
             return  # its FIN has come, but the kernel holds on to what was before it
@@ -659,7 +669,7 @@ class Relay:
 
     def _pump_request(self, now: float) -> None:
         request, client = self.request, self.client
-        if self._can_splice(request):
+        if request.framing.opaque() >= _SPLICE_MIN and self._can_splice(request):
             self._splice(request, now)
             return
         octets: bytes | bytearray
@@ -668,7 +678,7 @@ class Relay:
                 octets, view = request.bulk_buffer()
                 count = client.read_into(view, 0, NO_WAIT)
             else:
-                octets = client.read(_FIRST_READ, NO_WAIT)
+                octets = client.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
             if not client.can_splice:
@@ -687,7 +697,7 @@ class Relay:
         request.last_read_at = now
         self.awaiting_continue = False
         self.body_reads += 1
-        request.bulk = count >= _FIRST_READ
+        request.bulk = count >= FIRST_READ
         if self.client_read_watch is not None:
             self.client_read_watch.progress(now)
         if self.tunnel_watch is not None:
@@ -726,7 +736,7 @@ class Relay:
             if request.pipe is not None:
                 self._release_pipe(request)
             if not self.tunnel:
-                self.sent_at = self.awaited_from = time.monotonic()
+                self.sent_at = self.awaited_from = self._sent_before or time.monotonic()
                 if self.upstream_head_watch is not None:
                     self.upstream_head_watch.wait(self.sent_at)
             elif self.upstream is not None:
@@ -754,7 +764,7 @@ class Relay:
     def _read_upstream(self, now: float, *, soon: bool = False) -> None:
         response, upstream = self.response, self.upstream
         assert upstream is not None
-        if self.response_head is not None and self._can_splice(response):
+        if response.framing.opaque() >= _SPLICE_MIN and self._can_splice(response):
             self._splice(response, now)
             return
         octets: bytes | bytearray
@@ -763,11 +773,11 @@ class Relay:
                 octets, view = response.bulk_buffer()
                 count = upstream.read_into(view, 0, NO_WAIT)
             elif soon:
-                octets = self.waiter.read_soon(upstream, _FIRST_READ)
+                octets = self.waiter.read_soon(upstream, FIRST_READ)
                 count = len(octets)
                 now = time.monotonic()
             else:
-                octets = upstream.read(_FIRST_READ, NO_WAIT)
+                octets = upstream.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
             if not upstream.can_splice:
@@ -786,7 +796,7 @@ class Relay:
         if self.response_head is None:
             self._take_head_octets(bytes(octets), now)  # no copy: a flow is in bulk only after its head
         else:
-            response.bulk = count >= _FIRST_READ
+            response.bulk = count >= FIRST_READ
             if self.upstream_read_watch is not None:
                 self.upstream_read_watch.progress(now)
             if self.tunnel_watch is not None:
@@ -966,7 +976,7 @@ class Relay:
             response.tail = last if stop >= 3 else (response.tail + last)[-3:]
         if response.enchunk and stop:
             size = b"%x\r\n" % stop
-            octets = b"".join((size, memoryview(octets)[:stop], _CRLF))
+            octets = b"".join((size, memoryview(octets)[:stop], CRLF))
             stop = len(octets)
             fed_from += len(size)
         if head:
@@ -1042,9 +1052,11 @@ class Relay:
             self._flush_request(now)
 
     def _can_splice(self, flow: Flow) -> bool:
-        """Whether the next octets are worth, and allowed, to pass from socket to socket inside the kernel."""
+        """Whether the next octets, at least ``_SPLICE_MIN`` of which are opaque, are worth, and allowed, to pass from
+        socket to socket inside the kernel.
+        """
         opaque = flow.framing.opaque()
-        if opaque < _SPLICE_MIN or flow.dechunk or flow.enchunk or flow.tail is not None:
+        if flow.dechunk or flow.enchunk or flow.tail is not None:
             return False
         if flow.framing.ends_with_connection and not flow.bulk:
             return False

@@ -76,7 +76,10 @@ class Waiter:
         "watches",
     )
 
-    def __init__(self, client: AnyEndpoint, control: Control, dead_limit: Limit | None, slot: Slot) -> None:
+    def __init__(
+        self, client: AnyEndpoint, control: Control, dead_limit: Limit | None, pulse_every_s: float, slot: Slot
+    ) -> None:
+        """``pulse_every_s`` is what ``pulse_interval`` says of ``dead_limit``."""
         self.slot = slot  # where account is kept of what is waited for
         self.client = client
         self.upstream: AnyEndpoint | None = None
@@ -91,8 +94,8 @@ class Waiter:
         self._wake_registered = False
         self._upstream_fd = -1
         self._upstream_events = 0
-        self.pulse_every_s = min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
-        self.next_pulse_at = time.monotonic() + self.pulse_every_s
+        self.pulse_every_s = pulse_every_s
+        self.next_pulse_at = time.monotonic() + pulse_every_s
 
     def _open_poller(self) -> "select.poll":
         self._poller = poller = select.poll()
@@ -181,7 +184,9 @@ class Waiter:
         now = time.monotonic()
         if now >= self.next_pulse_at:
             self._check_pulses(now)
-        wake_at = self.next_pulse_at if due_at is None else min(due_at, self.next_pulse_at)
+        wake_at = self.next_pulse_at
+        if due_at is not None and due_at < wake_at:
+            wake_at = due_at
         if self.watches:
             wake_at = min(wake_at, self._check_watches(now))
         if self.drain_seen:
@@ -191,12 +196,11 @@ class Waiter:
         ready = self._poll(int((wake_at - now) * 1000) + 1 if wake_at > now else 0)
         now = time.monotonic()
         client_ready = upstream_ready = 0
-        client_fd = self.client.fd
         for fd, events in ready:
-            if fd == client_fd:
-                client_ready = events
-            elif fd == self._upstream_fd:
+            if fd == self._upstream_fd:
                 upstream_ready = events
+            elif fd == self.client.fd:
+                client_ready = events
             else:
                 self._see_control()
         if self.watches and not client_ready and not upstream_ready:
@@ -296,6 +300,11 @@ class Waiter:
     def _check_shutdown(self, now: float) -> None:
         if self.control.ending or now >= self.control.drain_until:
             raise Abort(Side.PROXY, self.phase_of(Side.PROXY, Operation.READ), None, Cause.SHUTDOWN)
+
+
+def pulse_interval(dead_limit: Limit | None) -> float:
+    """Returns: seconds between two looks at the kernel's pulse of both peers."""
+    return min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
 
 
 def _no_phase(side: Side, operation: Operation) -> Phase:

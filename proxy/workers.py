@@ -21,7 +21,7 @@ import typing
 from .config import ConfigError, Settings, TcpAddress, UnixAddress
 from .exchange import Worker, make_worker
 from .inflight import InFlightTable
-from .kernel import pin_to_core, prepare_listener, raise_file_limit
+from .kernel import pin_to_core, prepare_listener, raise_file_limit, run_as_batch
 from .log import EventLog
 from .record import ABORT, CONNECTIONS, LOST_LINES, Tally, describe_exception, left_in_flight
 from .server import MAX_OVERFLOW, ProxyServer
@@ -224,6 +224,7 @@ class WorkerProcess:
     def run(self, report_to: int | None) -> None:
         """Serve until told to stop and all is done. ``report_to`` is told once, when connections are accepted."""
         pin_to_core(self.index)
+        run_as_batch()
         # What exists now lives as long as the process; the collector need not look at it again.
         gc.collect()
         gc.freeze()

@@ -19,9 +19,11 @@ _FAULTS = pathlib.Path(__file__).resolve().parent / "faults"
 _BIG = b"x" * (2 * 1024 * 1024)
 _UPGRADE = b"Connection: Upgrade\r\nUpgrade: tcp\r\n"
 
-# Requests by what they go through. What upstream does is in ``_serve``.
+# Requests by what they go through; "post" needs no relay, as its answer comes at once. What upstream does is in
+# ``_serve``.
 _REQUESTS = {
     "post": b"POST /post HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhello",
+    "post in chunks": b"POST /chunks HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     "fresh": b"GET /fresh HTTP/1.1\r\nHost: t\r\n\r\n",
     "big": b"GET /big HTTP/1.1\r\nHost: t\r\n\r\n",
     "upload": b"POST /upload HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % len(_BIG) + _BIG,
@@ -40,6 +42,9 @@ def _serve(wire: Wire) -> None:
         match target:
             case b"/post":
                 wire.read_exactly(5)
+                wire.send(ok(b"fine"))
+            case b"/chunks":
+                wire.read_until(b"0\r\n\r\n")
                 wire.send(ok(b"fine"))
             case b"/big":
                 wire.send(ok(_BIG))
@@ -163,9 +168,17 @@ def nothing_left() -> None:
 # Where it fails, on which requests, what the client sees, and the phase.
 _ANSWERED = [
     *(("exchange." + place, which, "request_head") for place in (
-        "parse_request_head", "prepare_request", "serialize_request", "request_framing", "Relay",
+        "parse_request_head", "prepare_request", "serialize_request",
         "ClientConnection._judge", "ClientConnection._exchange", "ClientConnection._read_head",
     ) for which in ("post", "big", "tunnel", "upload")),
+    *(("exchange." + place, which, "connect") for place in (
+        "request_framing", "Relay", "ClientConnection._relay"
+    ) for which in ("post in chunks", "upload", "after fresh")),
+    ("exchange.ClientConnection._exchange_at_once", "post", "connect"),
+    ("exchange.parse_response_head", "post", "response_head"),
+    ("exchange.prepare_response", "post", "response_head"),
+    ("exchange.serialize_response", "post", "response_head"),
+    ("exchange.play_back", "big", "response_head"),
     ("exchange.check_partial_head", "half", "request_head"),
     ("exchange.ClientConnection._read_head", "half", "request_head"),
     ("waiting.Waiter.wait", "half", "request_head"),
@@ -175,28 +188,32 @@ _ANSWERED = [
     ("upstream._LeasedConnection._connect", "after fresh", "connect"),
     ("upstream._LeasedConnection.open", "after fresh", "connect"),
     ("upstream.endpoint_name", "after fresh", "connect"),
-    ("relay.Relay.attach", "post", "connect"),
-    ("relay.Relay.run", "post", "request_body"),
+    ("relay.Relay.attach", "post in chunks", "connect"),
+    ("relay.Relay.run", "post in chunks", "request_body"),
     ("relay.Relay.run", "big", "response_head"),
-    ("relay.Flow.push", "post", "request_body"),
+    ("relay.Flow.push", "post in chunks", "request_body"),
     ("relay.Flow.push", "big", "response_head"),
     ("upstream.write", "post", "request_body"),
+    ("upstream.write", "post in chunks", "request_body"),
     ("upstream.read", "post", "response_head"),
-    ("framing.LengthFraming.feed", "post", "request_body"),
+    ("upstream.read", "post in chunks", "response_head"),
+    ("framing.LengthFraming.feed", "upload", "request_body"),
+    ("framing.ChunkedFraming.feed", "post in chunks", "request_body"),
     ("relay.Relay._pump_request", "upload", "request_body"),
-    ("relay.Relay._read_upstream", "post", "response_head"),
-    ("relay.Relay._take_head", "post", "response_head"),
-    ("relay.parse_response_head", "post", "response_head"),
-    ("relay.response_framing", "post", "response_head"),
-    ("relay.prepare_response", "post", None),
+    ("relay.Relay._read_upstream", "post in chunks", "response_head"),
+    ("relay.Relay._take_head", "post in chunks", "response_head"),
+    ("relay.parse_response_head", "post in chunks", "response_head"),
+    ("relay.response_framing", "post in chunks", "response_head"),
+    ("relay.prepare_response", "post in chunks", None),
     ("relay.prepare_response", "tunnel", None),
-    ("relay.serialize_response", "post", None),
+    ("relay.serialize_response", "post in chunks", None),
     ("relay.serialize_response", "chunked", None),
     ("relay.Relay._begin_tunnel", "tunnel", "response_head"),
-    ("relay.Relay._flush_response", "post", None),
+    ("relay.Relay._flush_response", "post in chunks", None),
     ("framing.LengthFraming.feed", "big", None),
     ("framing.ChunkedFraming.feed", "chunked", None),
     ("client.write", "post", None),
+    ("client.write", "post in chunks", None),
 ]  # fmt: skip
 
 
@@ -242,9 +259,11 @@ def test_a_bug_within_the_response_is_a_cut(fault: str, which: str, faulty: Faul
 
 
 _AFTER = [
-    ("exchange.ClientConnection._return_lease", "post"),
+    ("exchange.ClientConnection._return_lease", "post in chunks"),
     ("upstream._LeasingPool.release", "post"),
+    ("upstream._LeasingPool.release", "post in chunks"),
     ("exchange.ClientConnection._settle", "post"),
+    ("exchange.ClientConnection._settle", "post in chunks"),
     ("exchange.ClientConnection._settle", "big"),
     ("exchange.ClientConnection._mode_after", "chunked"),
     ("exchange.ClientConnection._await_delivery", "big"),
@@ -376,7 +395,7 @@ def test_out_of_memory_is_a_resource(tmp_path: pathlib.Path) -> None:
     faulty = Faulty(tmp_path, "MemoryError")
     try:
         assert faulty.ask("post") == "whole"
-        for fault, which in (("relay.Relay.attach", "post"), ("exchange.parse_request_head", "post")):
+        for fault, which in (("relay.Relay.attach", "post in chunks"), ("exchange.parse_request_head", "post")):
             seen, record = faulty.fail(which, fault)
             harness.check_record(record)
             assert (record["side"], record["cause"], seen) == ("proxy", "resource", "503")
@@ -389,7 +408,8 @@ def test_nothing_leaks_over_many_bugs(faulty: Faulty) -> None:
     counts = []
     for _ in range(3):
         for fault, which in (
-            ("relay.Relay.run", "post"),
+            ("relay.Relay.run", "post in chunks"),
+            ("exchange.ClientConnection._exchange_at_once", "post"),
             ("relay.Relay._splice", "big"),
             ("exchange.ClientConnection._settle", "cut"),
             ("exchange.socket_evidence", "drop"),
