@@ -271,6 +271,26 @@ class ProxyProcess:
         self._offset += 1
         return self.wait_requests(self._offset, timeout)[-1]
 
+    def wait_connections(self, count: int, timeout: float = 5.0) -> None:
+        """Wait until the workers hold ``count`` client connections: one whose client says nothing is accepted only
+        after a second.
+        """
+        until = time.monotonic() + timeout
+        while (held := self._count_connections()) != count:
+            assert time.monotonic() < until, f"{held} connections are held, not {count}"
+            time.sleep(0.05)
+
+    def _count_connections(self) -> int:
+        workers = len(self.worker_pids())
+        before = len(self.records())
+
+        def summaries() -> list[LogRecord]:
+            return [record for record in self.records()[before:] if record["event"] == "server.inflight"]
+
+        self.send_signal(signal.SIGUSR2)
+        wait_until(lambda: len(summaries()) == workers, what="a summary of each worker")
+        return sum(record["connections"] for record in summaries())
+
     def _tail(self) -> str:
         return "\n".join(json.dumps(record) for record in self.records()[-12:] if record["event"] != "server.start")
 

@@ -1350,10 +1350,13 @@ def test_a_handshake_that_fails_is_a_connection_and_no_request(certificates: Cer
 
 
 def test_a_health_check_of_a_tls_port_is_no_failure(certificates: Certificates) -> None:
-    """Many of them reset the connection once it stands; nothing had begun."""
+    """Many of them reset the connection once it stands; nothing had begun. One that comes to be accepted is seen."""
     tls = ("--tls-cert", certificates.server, "--tls-key", certificates.server, "--log-level", "debug")
     with Upstream(unused) as upstream, harness.ProxyProcess(upstream.url, *tls) as proxy:
         peers.connect(proxy.address).reset()
+        wire = peers.connect(proxy.address)
+        proxy.wait_connections(1)
+        wire.reset()
         record = proxy.wait_for(lambda record: record["event"] == "connection.close")
         assert (record["level"], record["requests"], record["why"]) == ("debug", 0, "reset")
         assert not [record for record in proxy.records() if record["event"] == "connection.abort"]

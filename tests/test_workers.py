@@ -153,6 +153,7 @@ def test_idle_connections_end_with_the_drain(upstream: Upstream) -> None:
         with unused, used:
             used.get()
             assert used.read_response().whole
+            proxy.wait_connections(2)
             began_at = time.monotonic()
             proxy.send_signal(signal.SIGTERM)
             assert unused.await_end() == used.await_end() == "fin"
@@ -398,13 +399,14 @@ def test_sigusr2_shows_what_is_in_flight(gate: Gate, upstream: Upstream) -> None
         with begin(proxy, "/slow?token=secret") as one, begin(proxy, "/slow") as two, connect(proxy.address):
             with connect(proxy.address) as half:
                 half.send(b"GET /ha")
-                time.sleep(0.1)  # until the proxy has read it, which shows nowhere
+                proxy.wait_connections(4)
+                before = len(proxy.records())
                 proxy.send_signal(signal.SIGUSR2)
                 wait_until(
-                    lambda: sum(record["event"] == "server.inflight" for record in proxy.records()) == 2,
+                    lambda: sum(record["event"] == "server.inflight" for record in proxy.records()[before:]) == 2,
                     what="two summaries",
                 )
-            records = proxy.records()
+            records = proxy.records()[before:]
             shown = [record for record in records if record["event"] == "request.inflight"]
             assert len(shown) == 3
             assert sum(r["requests"] for r in records if r["event"] == "server.inflight") == 3
