@@ -26,6 +26,7 @@ import difflib
 import enum
 import errno
 import fcntl
+import functools
 import gc
 import http.server
 import importlib
@@ -1345,7 +1346,7 @@ the platform. The table of what Linux was seen to report for paused, dead and sl
 """
 
 
-# --- proxy/kernel.py, line 18 ---
+# --- proxy/kernel.py, line 19 ---
 
 HAVE_SPLICE: bool = hasattr(os, "splice")
 # Not in Python's select module on every system; 0 asks for nothing.
@@ -1620,13 +1621,16 @@ class PeerPulse:
         return now - self._silent_since
 
 
-def prepare_listener(sock: socket.socket, peer_dead_s: float | None, user_timeout_s: float | None) -> None:
-    """Set on a listener what its accepted sockets shall have: Linux copies all of it (tests/test_kernel.py). A TCP
-    connection is accepted when its client has spoken, so that no thread is woken twice; one that says nothing for a
-    second is accepted, too.
+def prepare_listener(
+    sock: socket.socket, peer_dead_s: float | None, user_timeout_s: float | None, *, defer: bool = False
+) -> None:
+    """Set on a listener what its accepted sockets shall have: Linux copies all of it (tests/test_kernel.py).
+
+    ``defer``: a connection is accepted when its client has spoken, so that no thread is woken twice; one that says
+    nothing for a second is accepted, too (docs/kernel.md).
     """
     prepare_socket(sock, peer_dead_s, user_timeout_s)
-    if sock.family != socket.AF_UNIX and hasattr(socket, "TCP_DEFER_ACCEPT"):
+    if defer and hasattr(socket, "TCP_DEFER_ACCEPT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
 
 
@@ -1639,24 +1643,32 @@ def prepare_socket(sock: socket.socket, peer_dead_s: float | None, user_timeout_
     """
     if sock.family == socket.AF_UNIX:
         return
+    for level, name, value in _tcp_options(peer_dead_s, user_timeout_s):
+        sock.setsockopt(level, name, value)
+    if peer_dead_s is not None:
+        try:
+            # Otherwise a reader that pauses, and then dies, is asked again only after up to two minutes.
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 500)), 120_000))
+        except OSError as error:
+            if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+@functools.cache
+def _tcp_options(peer_dead_s: float | None, user_timeout_s: float | None) -> tuple[tuple[int, int, int], ...]:
+    """Returns: level, name and value of each option, as far as the system has them."""
     tcp = socket.IPPROTO_TCP
-    sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = [(tcp, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if peer_dead_s is not None:
         interval_s = min(max(1, round(peer_dead_s / 10)), 32767)
         count = min(max(1, int(peer_dead_s / 2) // interval_s), 5)
         idle_s = min(max(1, round(peer_dead_s) - interval_s * count), 32767)
         for name, value in (("TCP_KEEPIDLE", idle_s), ("TCP_KEEPINTVL", interval_s), ("TCP_KEEPCNT", count)):
             if hasattr(socket, name):
-                sock.setsockopt(tcp, getattr(socket, name), value)
-        try:
-            # Otherwise a reader that pauses, and then dies, is asked again only after up to two minutes.
-            sock.setsockopt(tcp, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 500)), 120_000))
-        except OSError as error:
-            if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+                options.append((tcp, getattr(socket, name), value))
     if user_timeout_s is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(tcp, socket.TCP_USER_TIMEOUT, min(max(1, int(user_timeout_s * 1000)), 2**31 - 1))
+        options.append((tcp, socket.TCP_USER_TIMEOUT, min(max(1, int(user_timeout_s * 1000)), 2**31 - 1)))
+    return tuple(options)
 
 
 class SplicePipe:
@@ -2151,6 +2163,10 @@ _NOT_YET = frozenset(
 _LATER_CHOICES = {"log_schema": ("ecs", "otel")}
 
 
+# With a keepalive_timeout below this, a connection is accepted at once.
+_MIN_IDLE_S = 10.0
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """The effective value of every option. Built once and shared by all threads.
@@ -2193,6 +2209,14 @@ class Settings:
     upstream_cert: str | None
     upstream_key: str | None  # None: in upstream_cert
     sources: dict[str, str]
+
+    @property
+    def defers_accept(self) -> bool:
+        """Whether connections are accepted when their client has spoken, or after a second: not on a unix socket, which
+        has no such thing, nor where that second would be much of the time that a client may be idle.
+        """
+        idle = self.keepalive_timeout
+        return isinstance(self.listen, TcpAddress) and (idle is None or idle.seconds >= _MIN_IDLE_S)
 
     def describe(self) -> dict[str, dict[str, object]]:
         """Say for JSON what every option is and where it was set.
@@ -3852,21 +3876,6 @@ class TlsEndpoint(Endpoint):
 AnyEndpoint = Endpoint | TlsEndpoint
 
 
-def play_back(endpoint: AnyEndpoint, operation: typing.Literal["read", "write"], outcome: object) -> None:
-    """Let the next ``read`` or ``write`` of an endpoint end as one did that somebody else made: with what it returned,
-    or the ``OSError`` it raised. Those after it are real.
-    """
-    real = getattr(endpoint, operation)
-
-    def once(*arguments: object) -> object:
-        setattr(endpoint, operation, real)
-        if isinstance(outcome, OSError):
-            raise outcome
-        return outcome
-
-    setattr(endpoint, operation, once)
-
-
 # --- proxy/inflight.py, line 1 ---
 
 """What each request in flight is and how far it has come, in memory that outlives the worker process.
@@ -4389,7 +4398,7 @@ failed.
 """
 
 
-# --- proxy/upstream.py, line 33 ---
+# --- proxy/upstream.py, line 34 ---
 
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
@@ -4418,18 +4427,24 @@ def upstream_host(url: UpstreamUrl) -> str:
     return host if url.port == (443 if url.scheme == "https" else 80) else f"{host}:{url.port}"
 
 
+@functools.cache
+def _read_numeric(host: str, port: int) -> list[tuple[int, typing.Any]]:
+    """Returns: as ``_look_up``; nothing if ``host`` is a name. Kept, as it is the same for each connection."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return []
+    return [(family, address) for family, _, _, _, address in found]
+
+
 def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
     """Returns: the addresses of ``host``, as family and socket address. Raises: OSError; Abort as ``wait`` does.
 
     getaddrinfo can't be told when to give up, so a name is looked up by a thread of its own, which ends when the
     resolver does, whether or not anybody waits for it: hence the bound on how many there are.
     """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
-        pass  # a name, then
-    else:
-        return [(family, address) for family, _, _, _, address in found]
+    if numeric := _read_numeric(host, port):
+        return numeric
     answers: list[list[tuple[int, typing.Any]] | OSError] = []
     while not _LOOKUPS.acquire(blocking=False):
         wait(-1, 0, 0.05)
@@ -4486,11 +4501,11 @@ class _LeasedConnection:
     _probe: typing.Any
     sock: typing.Any
 
-    def adopt(self, url: UpstreamUrl, settings: Settings) -> None:
+    def adopt(self, url: UpstreamUrl, settings: Settings, sections: SectionMemory) -> None:
         """Take what urllib3's constructors have no room for."""
         self.url = url
         self.settings = settings
-        self.memory = SectionMemory()
+        self.memory = SectionMemory(sections)
         self.endpoint = None
         self.name = ""
         self._wait = None
@@ -4531,7 +4546,7 @@ class _LeasedConnection:
             endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, pulse)
             endpoint.become_patient(ANSWER_PATIENCE_S)
         self.endpoint = endpoint
-        self.memory = SectionMemory()
+        self.memory = SectionMemory(self.memory.shared)
         self._probe = select.poll()
         self._probe.register(endpoint.fd, select.POLLIN)
         self._wait = None
@@ -4663,6 +4678,7 @@ class _LeasingPool:
 
     url: UpstreamUrl
     settings: Settings
+    sections: SectionMemory  # what all connections remember of their responses
     pool: typing.Any
 
     def lease(self, *, fresh: bool = False) -> AnyConnection:
@@ -4674,7 +4690,7 @@ class _LeasingPool:
         except urllib3.exceptions.ClosedPoolError:
             connection = self._new_conn()  # type: ignore[attr-defined]  # a reload has replaced this pool just now
         if not hasattr(connection, "url"):
-            connection.adopt(self.url, self.settings)
+            connection.adopt(self.url, self.settings, self.sections)
         return connection  # type: ignore[no-any-return]  # urllib3 makes what ConnectionCls says
 
     def release(self, connection: AnyConnection) -> None:
@@ -4731,6 +4747,7 @@ def upstream_pool(settings: Settings, context: UpstreamContext | None) -> AnyPoo
         pool = UpstreamPool(url.host or "localhost", url.port or None, maxsize=_MAX_IDLE)
     pool.url = url
     pool.settings = settings
+    pool.sections = SectionMemory()
     return pool
 
 
@@ -5055,7 +5072,7 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 
-# --- proxy/relay.py, line 31 ---
+# --- proxy/relay.py, line 42 ---
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 FIRST_READ = 64 * 1024
@@ -5221,6 +5238,20 @@ class Flow:
         return count
 
 
+class Begun(typing.NamedTuple):
+    """How far an exchange has come without a relay, for one to go on from there."""
+
+    written: int  # octets of the request that upstream took
+    sent_at: float | None  # when it had taken all of them
+    answer: bytes | None  # what it then answered, in one read
+    first_byte_at: float | None  # when that was read
+    response_head: ResponseHead | None  # what the client was told, or is half told, if anything
+    octets: bytes  # head and content of the response to it, of which
+    length: int  # octets are content, and
+    taken: int  # are written
+    error: Exception | None  # what the step behind all that met, if it did not merely have to wait
+
+
 class Relay:
     """Relays one request, whose head is known, over one leased upstream connection. One thread, once."""
 
@@ -5228,7 +5259,6 @@ class Relay:
         "_head_from",
         "_noted_finished",
         "_noted_head",
-        "_sent_before",
         "_stood",
         "awaited_from",
         "awaiting_continue",
@@ -5319,7 +5349,6 @@ class Relay:
         self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
-        self._sent_before: float | None = None  # see attach
         self.awaited_from: float | None = None  # the answer: since then all was sent, or no more could be
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
@@ -5355,20 +5384,11 @@ class Relay:
         if watch is not None:
             self.waiter.watches.append(TimedWatch(watch, side, operation))
 
-    def attach(
-        self,
-        upstream: AnyEndpoint,
-        memory: SectionMemory,
-        head: bytes,
-        body: bytes,
-        now: float,
-        sent_at: float | None = None,
-    ) -> None:
+    def attach(self, upstream: AnyEndpoint, memory: SectionMemory, head: bytes, body: bytes, now: float) -> None:
         """Give the relay its upstream connection, and the octets to begin with: the head, and what has come of the
-        body. ``sent_at`` says when they were sent, if that was before (``play_back``).
+        body.
         """
         self.upstream = upstream
-        self._sent_before = sent_at
         self.memory = memory
         waiter = self.waiter
         waiter.upstream = upstream
@@ -5437,8 +5457,8 @@ class Relay:
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Relay until the response is whole, or a tunnel has ended on both sides.
+    def run(self, begun: Begun | None = None) -> None:
+        """Relay until the response is whole, or a tunnel has ended on both sides; ``begun`` is what was done before.
 
         Raises: Abort.
         """
@@ -5447,16 +5467,19 @@ class Relay:
         waiter = self.waiter
         allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
-        self._flush_request(now)
-        if request.finished and upstream.patience_s:
-            # Most answers come at once, whole, and fit into one read.
-            try:
-                self._read_upstream(now, soon=True)
-            except Abort as abort:
-                # Upstream's end ends that wait at once and the client's does not: if it is there by now, it came first.
-                if abort.side is Side.UPSTREAM:
-                    self._client_ends(waiter.peek_client(), allow_half_close)
-                raise
+        try:
+            if begun is not None:
+                self._go_on(begun, now)
+            else:
+                self._flush_request(now)
+                if request.finished and upstream.patience_s:
+                    # Most answers come at once, whole, and fit into one read.
+                    self._read_upstream(now, soon=True)
+        except Abort as abort:
+            # Upstream's end ends that wait at once and the client's does not: if it is there by now, it came first.
+            if abort.side is Side.UPSTREAM:
+                self._client_ends(waiter.peek_client(), allow_half_close)
+            raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
             client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
@@ -5520,6 +5543,59 @@ class Relay:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
+
+    def _go_on(self, begun: Begun, now: float) -> None:
+        """Take over what was done before there was a relay: nothing of it is done or decided again. Raises: Abort, or
+        the error of a bug.
+        """
+        request, client, upstream = self.request, self.client, self.upstream
+        assert upstream is not None
+        error, sent_at, answer = begun.error, begun.sent_at, begun.answer
+        if begun.written:
+            request.start = request.written = begun.written
+            request.last_written_at = sent_at or now
+        if sent_at is None:
+            if isinstance(error, OSError):
+                self._break_request(self._abort(upstream, Operation.WRITE, error))
+                return
+        else:
+            request.pending = False
+            request.finished = True
+            self.sent_at = self.awaited_from = sent_at
+            if self.upstream_head_watch is not None:
+                self.upstream_head_watch.wait(sent_at)
+        if answer is None:
+            if sent_at is not None and isinstance(error, OSError):
+                raise self._upstream_failed(error)
+        elif begun.response_head is not None:
+            self._take_over_response(begun, begun.response_head, len(answer), now)
+            if isinstance(error, OSError):
+                raise self._abort(client, Operation.WRITE, error)
+        elif error is not None:
+            self.head_octets = answer
+        else:
+            assert begun.first_byte_at is not None
+            self._take_from_upstream(answer, len(answer), begun.first_byte_at)
+        if error is not None:
+            raise error
+
+    def _take_over_response(self, begun: Begun, head: ResponseHead, read: int, now: float) -> None:
+        """The client has been told a head, and upstream's answer, ``read`` octets, was whole."""
+        response = self.response
+        self.response_head = head
+        self.first_byte_at = response.last_read_at = begun.first_byte_at
+        self._head_from = 0
+        response.read = read
+        if begun.length:
+            response.framing = LengthFraming(begun.length)
+            response.framing.skip(begun.length)
+        response.octets = begun.octets
+        response.start = response.written = begun.taken
+        response.end = len(begun.octets)
+        response.fed_from = response.end - begun.length
+        response.pending = True
+        if begun.taken:
+            response.last_written_at = now
 
     def note_progress(self) -> None:
         """Leave word of how far it has come: with each turn of the loop, as any of its waits may be the last."""
@@ -5765,7 +5841,7 @@ class Relay:
             if request.pipe is not None:
                 self._release_pipe(request)
             if not self.tunnel:
-                self.sent_at = self.awaited_from = self._sent_before or time.monotonic()
+                self.sent_at = self.awaited_from = time.monotonic()
                 if self.upstream_head_watch is not None:
                     self.upstream_head_watch.wait(self.sent_at)
             elif self.upstream is not None:
@@ -5813,9 +5889,20 @@ class Relay:
                 self._see_part_of_record(self.upstream_read_watch, now)
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
-            if self.broken is not None and not refuses_certificate(error):
-                raise self.broken from self.broken.original
-            raise self._abort(upstream, Operation.READ, error) from error
+            abort = self._upstream_failed(error)
+            raise abort from abort.original
+        self._take_from_upstream(octets, count, now)
+
+    def _upstream_failed(self, error: OSError) -> Abort:
+        """Returns: the abort of a read from upstream that failed; the first error wins."""
+        if self.broken is not None and not refuses_certificate(error):
+            return self.broken
+        assert self.upstream is not None
+        return self._abort(self.upstream, Operation.READ, error)
+
+    def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
+        """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
+        response = self.response
         if not count:
             self._response_source_ended(now)
             return
@@ -6309,7 +6396,9 @@ class Record:
         "answered",
         "answered_bytes",
         "attempts",
+        "body_read",
         "client_evidence",
+        "client_written",
         "connected_at",
         "first_at",
         "head",
@@ -6320,10 +6409,11 @@ class Record:
         "relay",
         "request_id",
         "request_line",
-        "sent_at",
         "told_at",
         "upstream",
         "upstream_evidence",
+        "upstream_read",
+        "upstream_written",
     )
 
     def __init__(
@@ -6351,9 +6441,13 @@ class Record:
         self.head_read = 0  # octets of the head
         self.head_at: float | None = None
         self.connected_at: float | None = None
-        self.sent_at: float | None = None  # when the request had gone out, where no relay sent it
         self.outcome: Outcome | None = None  # of an exchange that needed no relay
-        self.phase = Phase.REQUEST_HEAD  # while there is no relay
+        # While there is no relay: the phase, octets of the body that have come, and of both messages what has passed.
+        self.phase = Phase.REQUEST_HEAD
+        self.body_read = 0
+        self.upstream_written = 0
+        self.upstream_read = 0
+        self.client_written = 0
         self.relay: Relay | None = None
         self.upstream: str | None = None
         self.abort: Abort | None = None
@@ -6444,8 +6538,14 @@ class Record:
                 "response_body": outcome.response_body,
             }
         if relay is None:
-            none = dict.fromkeys(_BYTE_COUNTS, 0)
-            return none | {"client_read": self.head_read, "client_written": self.answered_bytes}
+            return {
+                "client_read": self.head_read + self.body_read,
+                "client_written": self.client_written + self.answered_bytes,
+                "upstream_read": self.upstream_read,
+                "upstream_written": self.upstream_written,
+                "request_body": self.body_read if self.upstream_written else 0,
+                "response_body": 0,
+            }
         return {
             "client_read": self.head_read + relay.request.read,
             "client_written": relay.response.written + self.answered_bytes,
@@ -6761,6 +6861,9 @@ class Record:
         relay = self.relay
         if abort.phase is Phase.REQUEST_HEAD:
             return f"{counts['client_read']:,} bytes of the request head had come from {client}"
+        if relay is None and self.upstream_written:
+            answered = counts["upstream_read"]
+            return f"the request was sent from {client}, {upstream} had answered {answered:,} bytes"
         if relay is None or relay.upstream is None:
             return f"nothing of it had reached upstream from {client}{' in the last attempt' if self.attempts else ''}"
         if abort.phase is Phase.TUNNEL:
@@ -6919,23 +7022,23 @@ def describe_limit(abort: Abort) -> dict[str, object] | None:
 
 """One client connection, and on it one request after another: from the first byte to the record. Read this first.
 
-    await the first byte -> read the head -> judge it -> lease an upstream connection -> relay
-        -> settle -> record -> next request, linger, or close
+    await the first byte -> read the head -> judge it -> lease an upstream connection
+        -> exchange at once, or relay -> settle -> record -> next request, linger, or close
 
 Everything that goes wrong is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the one
 place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
 """
 
 
-# --- proxy/exchange.py, line 71 ---
+# --- proxy/exchange.py, line 70 ---
 
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
 _AT_ONCE_S = 5 * ANSWER_PATIENCE_S
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
-# Final ones whose content is not what their Content-Length says, or whose fields are not all made beforehand.
-_SPECIAL_STATUSES = frozenset((204, 304, 426))
+# Final responses that end with their head, whatever it says (RFC 9112 §6.3).
+_BODILESS = frozenset((204, 304))
 
 # After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before
 # the record is written.
@@ -7034,7 +7137,7 @@ def make_worker(
                 settings.client_write_deadline,
             )
         ),
-        patient_from=0 if isinstance(settings.listen, UnixAddress) else 1,
+        patient_from=1 if settings.defers_accept else 0,
         answers_at_once=all(
             limit is None or limit.seconds >= _AT_ONCE_S
             for limit in (
@@ -7443,20 +7546,22 @@ class ClientConnection:
         pool = worker.pool  # a reload may put another in its place meanwhile
         self.lease = connection = pool.lease()
         upstream = connection.endpoint
+        begun = None
         if (
             upstream is not None  # kept from an earlier request
             and upstream.patience_s
             and worker.answers_at_once
             and len(body) == prepared.whole_with
-            and head.method != b"HEAD"
         ):
             record.upstream = upstream.name
             record.connected_at = time.monotonic()
-            if self._exchange_at_once(record, head, prepared, request_id, octets, body, connection):
+            begun = self._exchange_at_once(record, head, prepared, request_id, octets, body, connection)
+            if begun is None:
                 pool.release(connection)
                 self.lease = None
                 return
-        self._relay(record, head, prepared, request_id, octets, body, connection, pool)
+            record.phase = Phase.RESPONSE_HEAD
+        self._relay(record, head, prepared, request_id, octets, body, connection, pool, begun)
 
     def _exchange_at_once(
         self,
@@ -7467,52 +7572,56 @@ class ClientConnection:
         octets: bytes,
         body: bytes,
         connection: AnyConnection,
-    ) -> bool:
+    ) -> Begun | None:
         """Relay without a ``Relay``: send a request that is whole, and pass on an answer that comes at once, is whole
-        in one read, and has a length. Most are like that, and it takes half of the instructions (docs/performance.md).
+        in one read, and has a length or no content. Most are like that, and it takes half of the instructions
+        (docs/performance.md).
 
-        Returns: whether it was so. If not, a relay has to go on, and meets again what happened here (``play_back``).
+        Returns: None if it was so; else what has happened so far, and a relay has to go on from there. Raises nothing.
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
-        content = len(body)
         octets += body
         size = len(octets)
+        content = record.body_read = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
-        record.phase = Phase.REQUEST_BODY if body else Phase.RESPONSE_HEAD
-        written: int | OSError | None = None
-        answer: bytes | OSError | None = None
-        taken: int | OSError | None = None
+        written = taken = length = 0
+        sent_at = first_byte_at = answer = response_head = None
+        error: Exception | None = None
         try:
-            written = upstream.write(octets, NO_WAIT)
+            written = record.upstream_written = upstream.write(octets, NO_WAIT)
             if written == size:
-                record.sent_at = sent_at = time.monotonic()
-                record.phase = Phase.RESPONSE_HEAD
+                sent_at = time.monotonic()
                 answer = self.waiter.read_soon(upstream, FIRST_READ)
                 first_byte_at = time.monotonic()
+                record.upstream_read = len(answer)
                 head_size = answer.find(b"\r\n\r\n") + 4
                 if 4 <= head_size <= self.settings.max_head_size.value:
-                    response_head = parse_response_head(answer[:head_size], connection.memory)
-                    response = prepare_response(response_head, self._context.proxy_name, dechunk=False)
-                    length = response_head.section.content_length
+                    parsed = parse_response_head(answer[:head_size], connection.memory)
+                    response = prepare_response(parsed, self._context.proxy_name, dechunk=False)
+                    status = parsed.status
+                    announced = parsed.section.content_length
+                    if status in _BODILESS or head.method == b"HEAD":
+                        announced = 0
                     if (
-                        length is not None
-                        and head_size + length == len(answer) < FIRST_READ
-                        and response_head.status >= 200
-                        and response_head.status not in _SPECIAL_STATUSES
+                        announced is not None
+                        and head_size + announced == len(answer) < FIRST_READ
+                        and status >= 200
+                        and status != 426  # its Upgrade field is put together by the relay
                         and response.keep_alive
                         and not self.worker.control.draining
                     ):
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
-                        octets = serialize_response(response_head, response, close, request_id) + answer[head_size:]
-                        taken = client.write(octets, NO_WAIT)
+                        octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
+                        response_head = parsed
+                        length = announced
+                        taken = record.client_written = client.write(octets, NO_WAIT)
                         if taken == len(octets):
-                            now = time.monotonic()
                             record.outcome = Outcome(
                                 response_head,
                                 sent_at,
                                 first_byte_at,
-                                now,
+                                time.monotonic(),
                                 content,
                                 taken,
                                 len(answer),
@@ -7521,22 +7630,14 @@ class ClientConnection:
                                 length,
                                 prepared.keep_alive,
                             )
-                            return True
-        except OSError as error:
-            if written is None:
-                written = error
-            elif answer is None:
-                answer = error
-            else:
-                taken = error
-        except MalformedMessage:
-            pass  # the relay will find the same
-        play_back(upstream, "write", written)
-        if answer is not None:
-            play_back(upstream, "read", answer)
-        if taken is not None:
-            play_back(client, "write", taken)
-        return False
+                            return None
+        except (BlockingIOError, MalformedMessage):
+            pass  # the relay waits for it, or finds the same
+        except OSError as failure:
+            error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
+        except Exception as bug:  # noqa: BLE001  # raised by the relay, which can say how far it had come
+            error = bug
+        return Begun(written, sent_at, answer, first_byte_at, response_head, octets, length, taken, error)
 
     def _relay(
         self,
@@ -7548,10 +7649,12 @@ class ClientConnection:
         body: bytes,
         connection: AnyConnection,
         pool: AnyPool,
+        begun: Begun | None,
     ) -> None:
         """Relay over a leased connection; once more over a fresh one where the first had gone stale.
 
-        ``octets`` are the head for upstream, ``body`` is what has come behind the client's. Raises: Abort.
+        ``octets`` are the head for upstream, ``body`` is what has come behind the client's, ``begun`` what was done
+        with both over this connection. Raises: Abort.
         """
         waiter = self.waiter
         slot = waiter.slot
@@ -7588,17 +7691,17 @@ class ClientConnection:
             upstream = connection.endpoint
             assert upstream is not None
             record.upstream = connection.name
-            now = record.connected_at  # known where it was met before
+            now = record.connected_at  # known where something was begun
             if now is None:
                 record.connected_at = now = time.monotonic()
             try:
                 relay.residue = b""
-                relay.attach(upstream, connection.memory, octets, body, now, record.sent_at)
+                relay.attach(upstream, connection.memory, octets, body, now)
                 behind = len(relay.residue)
                 request = relay.request
                 content = request.framing.content
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
-                relay.run()
+                relay.run(begun)
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
                 # about upstream.
@@ -7606,7 +7709,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
-                record.upstream = record.connected_at = record.sent_at = None
+                record.upstream = record.connected_at = begun = None
                 self._drop_lease()
                 relay.release()
                 if client_read is not None:
@@ -7863,6 +7966,9 @@ class ClientConnection:
         gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
         self._close_mode = "close"
         if gone or record.outcome is not None:
+            return
+        if relay is None and record.client_written:
+            self._close_mode = "cut"
             return
         if relay is None or not (relay.head_out or relay.mid_head):
             if self.client.mid_write:
@@ -8480,7 +8586,8 @@ def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.so
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if settings.workers > 1:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        prepare_listener(listener, dead.seconds if dead else None, user.seconds if user else None)
+        dead_s, user_s = dead.seconds if dead else None, user.seconds if user else None
+        prepare_listener(listener, dead_s, user_s, defer=settings.defers_accept)
         listener.bind(where)
         listener.listen(_BACKLOG)
         listeners.append(listener)

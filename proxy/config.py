@@ -284,6 +284,10 @@ _NOT_YET = frozenset(
 _LATER_CHOICES = {"log_schema": ("ecs", "otel")}
 
 
+# With a keepalive_timeout below this, a connection is accepted at once.
+_MIN_IDLE_S = 10.0
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
     """The effective value of every option. Built once and shared by all threads.
@@ -326,6 +330,14 @@ class Settings:
     upstream_cert: str | None
     upstream_key: str | None  # None: in upstream_cert
     sources: dict[str, str]
+
+    @property
+    def defers_accept(self) -> bool:
+        """Whether connections are accepted when their client has spoken, or after a second: not on a unix socket, which
+        has no such thing, nor where that second would be much of the time that a client may be idle.
+        """
+        idle = self.keepalive_timeout
+        return isinstance(self.listen, TcpAddress) and (idle is None or idle.seconds >= _MIN_IDLE_S)
 
     def describe(self) -> dict[str, dict[str, object]]:
         """Say for JSON what every option is and where it was set.

@@ -403,18 +403,3 @@ class TlsEndpoint(Endpoint):
 
 
 AnyEndpoint = Endpoint | TlsEndpoint
-
-
-def play_back(endpoint: AnyEndpoint, operation: typing.Literal["read", "write"], outcome: object) -> None:
-    """Let the next ``read`` or ``write`` of an endpoint end as one did that somebody else made: with what it returned,
-    or the ``OSError`` it raised. Those after it are real.
-    """
-    real = getattr(endpoint, operation)
-
-    def once(*arguments: object) -> object:
-        setattr(endpoint, operation, real)
-        if isinstance(outcome, OSError):
-            raise outcome
-        return outcome
-
-    setattr(endpoint, operation, once)

@@ -1,7 +1,7 @@
 """One client connection, and on it one request after another: from the first byte to the record. Read this first.
 
-    await the first byte -> read the head -> judge it -> lease an upstream connection -> relay
-        -> settle -> record -> next request, linger, or close
+    await the first byte -> read the head -> judge it -> lease an upstream connection
+        -> exchange at once, or relay -> settle -> record -> next request, linger, or close
 
 Everything that goes wrong is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the one
 place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
@@ -27,7 +27,6 @@ from .endpoint import (
     AnyEndpoint,
     Endpoint,
     TlsEndpoint,
-    play_back,
 )
 from .fields import (
     ForwardingContext,
@@ -62,7 +61,7 @@ from .kernel import (
 from .limits import Bound, Limit, Watch
 from .log import EventLog
 from .record import ConnectionNotes, Outcome, Record, Tally, describe_exception, describe_limit
-from .relay import FIRST_READ, PipeStore, Relay, dead_peer_limit
+from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
@@ -73,8 +72,8 @@ _HEAD_READ = 64 * 1024
 _AT_ONCE_S = 5 * ANSWER_PATIENCE_S
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
-# Final ones whose content is not what their Content-Length says, or whose fields are not all made beforehand.
-_SPECIAL_STATUSES = frozenset((204, 304, 426))
+# Final responses that end with their head, whatever it says (RFC 9112 §6.3).
+_BODILESS = frozenset((204, 304))
 
 # After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before
 # the record is written.
@@ -173,7 +172,7 @@ def make_worker(
                 settings.client_write_deadline,
             )
         ),
-        patient_from=0 if isinstance(settings.listen, UnixAddress) else 1,
+        patient_from=1 if settings.defers_accept else 0,
         answers_at_once=all(
             limit is None or limit.seconds >= _AT_ONCE_S
             for limit in (
@@ -582,20 +581,22 @@ class ClientConnection:
         pool = worker.pool  # a reload may put another in its place meanwhile
         self.lease = connection = pool.lease()
         upstream = connection.endpoint
+        begun = None
         if (
             upstream is not None  # kept from an earlier request
             and upstream.patience_s
             and worker.answers_at_once
             and len(body) == prepared.whole_with
-            and head.method != b"HEAD"
         ):
             record.upstream = upstream.name
             record.connected_at = time.monotonic()
-            if self._exchange_at_once(record, head, prepared, request_id, octets, body, connection):
+            begun = self._exchange_at_once(record, head, prepared, request_id, octets, body, connection)
+            if begun is None:
                 pool.release(connection)
                 self.lease = None
                 return
-        self._relay(record, head, prepared, request_id, octets, body, connection, pool)
+            record.phase = Phase.RESPONSE_HEAD
+        self._relay(record, head, prepared, request_id, octets, body, connection, pool, begun)
 
     def _exchange_at_once(
         self,
@@ -606,52 +607,56 @@ class ClientConnection:
         octets: bytes,
         body: bytes,
         connection: AnyConnection,
-    ) -> bool:
+    ) -> Begun | None:
         """Relay without a ``Relay``: send a request that is whole, and pass on an answer that comes at once, is whole
-        in one read, and has a length. Most are like that, and it takes half of the instructions (docs/performance.md).
+        in one read, and has a length or no content. Most are like that, and it takes half of the instructions
+        (docs/performance.md).
 
-        Returns: whether it was so. If not, a relay has to go on, and meets again what happened here (``play_back``).
+        Returns: None if it was so; else what has happened so far, and a relay has to go on from there. Raises nothing.
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
-        content = len(body)
         octets += body
         size = len(octets)
+        content = record.body_read = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
-        record.phase = Phase.REQUEST_BODY if body else Phase.RESPONSE_HEAD
-        written: int | OSError | None = None
-        answer: bytes | OSError | None = None
-        taken: int | OSError | None = None
+        written = taken = length = 0
+        sent_at = first_byte_at = answer = response_head = None
+        error: Exception | None = None
         try:
-            written = upstream.write(octets, NO_WAIT)
+            written = record.upstream_written = upstream.write(octets, NO_WAIT)
             if written == size:
-                record.sent_at = sent_at = time.monotonic()
-                record.phase = Phase.RESPONSE_HEAD
+                sent_at = time.monotonic()
                 answer = self.waiter.read_soon(upstream, FIRST_READ)
                 first_byte_at = time.monotonic()
+                record.upstream_read = len(answer)
                 head_size = answer.find(b"\r\n\r\n") + 4
                 if 4 <= head_size <= self.settings.max_head_size.value:
-                    response_head = parse_response_head(answer[:head_size], connection.memory)
-                    response = prepare_response(response_head, self._context.proxy_name, dechunk=False)
-                    length = response_head.section.content_length
+                    parsed = parse_response_head(answer[:head_size], connection.memory)
+                    response = prepare_response(parsed, self._context.proxy_name, dechunk=False)
+                    status = parsed.status
+                    announced = parsed.section.content_length
+                    if status in _BODILESS or head.method == b"HEAD":
+                        announced = 0
                     if (
-                        length is not None
-                        and head_size + length == len(answer) < FIRST_READ
-                        and response_head.status >= 200
-                        and response_head.status not in _SPECIAL_STATUSES
+                        announced is not None
+                        and head_size + announced == len(answer) < FIRST_READ
+                        and status >= 200
+                        and status != 426  # its Upgrade field is put together by the relay
                         and response.keep_alive
                         and not self.worker.control.draining
                     ):
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
-                        octets = serialize_response(response_head, response, close, request_id) + answer[head_size:]
-                        taken = client.write(octets, NO_WAIT)
+                        octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
+                        response_head = parsed
+                        length = announced
+                        taken = record.client_written = client.write(octets, NO_WAIT)
                         if taken == len(octets):
-                            now = time.monotonic()
                             record.outcome = Outcome(
                                 response_head,
                                 sent_at,
                                 first_byte_at,
-                                now,
+                                time.monotonic(),
                                 content,
                                 taken,
                                 len(answer),
@@ -660,22 +665,14 @@ class ClientConnection:
                                 length,
                                 prepared.keep_alive,
                             )
-                            return True
-        except OSError as error:
-            if written is None:
-                written = error
-            elif answer is None:
-                answer = error
-            else:
-                taken = error
-        except MalformedMessage:
-            pass  # the relay will find the same
-        play_back(upstream, "write", written)
-        if answer is not None:
-            play_back(upstream, "read", answer)
-        if taken is not None:
-            play_back(client, "write", taken)
-        return False
+                            return None
+        except (BlockingIOError, MalformedMessage):
+            pass  # the relay waits for it, or finds the same
+        except OSError as failure:
+            error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
+        except Exception as bug:  # noqa: BLE001  # raised by the relay, which can say how far it had come
+            error = bug
+        return Begun(written, sent_at, answer, first_byte_at, response_head, octets, length, taken, error)
 
     def _relay(
         self,
@@ -687,10 +684,12 @@ class ClientConnection:
         body: bytes,
         connection: AnyConnection,
         pool: AnyPool,
+        begun: Begun | None,
     ) -> None:
         """Relay over a leased connection; once more over a fresh one where the first had gone stale.
 
-        ``octets`` are the head for upstream, ``body`` is what has come behind the client's. Raises: Abort.
+        ``octets`` are the head for upstream, ``body`` is what has come behind the client's, ``begun`` what was done
+        with both over this connection. Raises: Abort.
         """
         waiter = self.waiter
         slot = waiter.slot
@@ -727,17 +726,17 @@ class ClientConnection:
             upstream = connection.endpoint
             assert upstream is not None
             record.upstream = connection.name
-            now = record.connected_at  # known where it was met before
+            now = record.connected_at  # known where something was begun
             if now is None:
                 record.connected_at = now = time.monotonic()
             try:
                 relay.residue = b""
-                relay.attach(upstream, connection.memory, octets, body, now, record.sent_at)
+                relay.attach(upstream, connection.memory, octets, body, now)
                 behind = len(relay.residue)
                 request = relay.request
                 content = request.framing.content
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
-                relay.run()
+                relay.run(begun)
             except Abort as abort:
                 # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
                 # about upstream.
@@ -745,7 +744,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
-                record.upstream = record.connected_at = record.sent_at = None
+                record.upstream = record.connected_at = begun = None
                 self._drop_lease()
                 relay.release()
                 if client_read is not None:
@@ -1002,6 +1001,9 @@ class ClientConnection:
         gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
         self._close_mode = "close"
         if gone or record.outcome is not None:
+            return
+        if relay is None and record.client_written:
+            self._close_mode = "cut"
             return
         if relay is None or not (relay.head_out or relay.mid_head):
             if self.client.mid_write:

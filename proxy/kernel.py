@@ -8,6 +8,7 @@ the platform. The table of what Linux was seen to report for paused, dead and sl
 import dataclasses
 import errno
 import fcntl
+import functools
 import os
 import resource
 import select
@@ -288,13 +289,16 @@ class PeerPulse:
         return now - self._silent_since
 
 
-def prepare_listener(sock: socket.socket, peer_dead_s: float | None, user_timeout_s: float | None) -> None:
-    """Set on a listener what its accepted sockets shall have: Linux copies all of it (tests/test_kernel.py). A TCP
-    connection is accepted when its client has spoken, so that no thread is woken twice; one that says nothing for a
-    second is accepted, too.
+def prepare_listener(
+    sock: socket.socket, peer_dead_s: float | None, user_timeout_s: float | None, *, defer: bool = False
+) -> None:
+    """Set on a listener what its accepted sockets shall have: Linux copies all of it (tests/test_kernel.py).
+
+    ``defer``: a connection is accepted when its client has spoken, so that no thread is woken twice; one that says
+    nothing for a second is accepted, too (docs/kernel.md).
     """
     prepare_socket(sock, peer_dead_s, user_timeout_s)
-    if sock.family != socket.AF_UNIX and hasattr(socket, "TCP_DEFER_ACCEPT"):
+    if defer and hasattr(socket, "TCP_DEFER_ACCEPT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
 
 
@@ -307,24 +311,32 @@ def prepare_socket(sock: socket.socket, peer_dead_s: float | None, user_timeout_
     """
     if sock.family == socket.AF_UNIX:
         return
+    for level, name, value in _tcp_options(peer_dead_s, user_timeout_s):
+        sock.setsockopt(level, name, value)
+    if peer_dead_s is not None:
+        try:
+            # Otherwise a reader that pauses, and then dies, is asked again only after up to two minutes.
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 500)), 120_000))
+        except OSError as error:
+            if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+
+@functools.cache
+def _tcp_options(peer_dead_s: float | None, user_timeout_s: float | None) -> tuple[tuple[int, int, int], ...]:
+    """Returns: level, name and value of each option, as far as the system has them."""
     tcp = socket.IPPROTO_TCP
-    sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = [(tcp, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if peer_dead_s is not None:
         interval_s = min(max(1, round(peer_dead_s / 10)), 32767)
         count = min(max(1, int(peer_dead_s / 2) // interval_s), 5)
         idle_s = min(max(1, round(peer_dead_s) - interval_s * count), 32767)
         for name, value in (("TCP_KEEPIDLE", idle_s), ("TCP_KEEPINTVL", interval_s), ("TCP_KEEPCNT", count)):
             if hasattr(socket, name):
-                sock.setsockopt(tcp, getattr(socket, name), value)
-        try:
-            # Otherwise a reader that pauses, and then dies, is asked again only after up to two minutes.
-            sock.setsockopt(tcp, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 500)), 120_000))
-        except OSError as error:
-            if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
+                options.append((tcp, getattr(socket, name), value))
     if user_timeout_s is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(tcp, socket.TCP_USER_TIMEOUT, min(max(1, int(user_timeout_s * 1000)), 2**31 - 1))
+        options.append((tcp, socket.TCP_USER_TIMEOUT, min(max(1, int(user_timeout_s * 1000)), 2**31 - 1)))
+    return tuple(options)
 
 
 class SplicePipe:

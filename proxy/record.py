@@ -121,7 +121,9 @@ class Record:
         "answered",
         "answered_bytes",
         "attempts",
+        "body_read",
         "client_evidence",
+        "client_written",
         "connected_at",
         "first_at",
         "head",
@@ -132,10 +134,11 @@ class Record:
         "relay",
         "request_id",
         "request_line",
-        "sent_at",
         "told_at",
         "upstream",
         "upstream_evidence",
+        "upstream_read",
+        "upstream_written",
     )
 
     def __init__(
@@ -163,9 +166,13 @@ class Record:
         self.head_read = 0  # octets of the head
         self.head_at: float | None = None
         self.connected_at: float | None = None
-        self.sent_at: float | None = None  # when the request had gone out, where no relay sent it
         self.outcome: Outcome | None = None  # of an exchange that needed no relay
-        self.phase = Phase.REQUEST_HEAD  # while there is no relay
+        # While there is no relay: the phase, octets of the body that have come, and of both messages what has passed.
+        self.phase = Phase.REQUEST_HEAD
+        self.body_read = 0
+        self.upstream_written = 0
+        self.upstream_read = 0
+        self.client_written = 0
         self.relay: Relay | None = None
         self.upstream: str | None = None
         self.abort: Abort | None = None
@@ -256,8 +263,14 @@ class Record:
                 "response_body": outcome.response_body,
             }
         if relay is None:
-            none = dict.fromkeys(_BYTE_COUNTS, 0)
-            return none | {"client_read": self.head_read, "client_written": self.answered_bytes}
+            return {
+                "client_read": self.head_read + self.body_read,
+                "client_written": self.client_written + self.answered_bytes,
+                "upstream_read": self.upstream_read,
+                "upstream_written": self.upstream_written,
+                "request_body": self.body_read if self.upstream_written else 0,
+                "response_body": 0,
+            }
         return {
             "client_read": self.head_read + relay.request.read,
             "client_written": relay.response.written + self.answered_bytes,
@@ -573,6 +586,9 @@ class Record:
         relay = self.relay
         if abort.phase is Phase.REQUEST_HEAD:
             return f"{counts['client_read']:,} bytes of the request head had come from {client}"
+        if relay is None and self.upstream_written:
+            answered = counts["upstream_read"]
+            return f"the request was sent from {client}, {upstream} had answered {answered:,} bytes"
         if relay is None or relay.upstream is None:
             return f"nothing of it had reached upstream from {client}{' in the last attempt' if self.attempts else ''}"
         if abort.phase is Phase.TUNNEL:

@@ -14,13 +14,24 @@ import select
 import socket
 import ssl
 import time
+import typing
 
 from .aborts import Abort, malformed_request, malformed_response, refuses_certificate, socket_abort
 from .config import Settings
 from .docker import hijacks, is_message_stream
 from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines, upgrade_protocols
-from .framing import CRLF, ENDLESS, NO_BODY, ConnectionFraming, Framing, Mark, Octets, response_framing
+from .framing import (
+    CRLF,
+    ENDLESS,
+    NO_BODY,
+    ConnectionFraming,
+    Framing,
+    LengthFraming,
+    Mark,
+    Octets,
+    response_framing,
+)
 from .grammar import MalformedMessage
 from .head import RequestHead, ResponseHead, SectionMemory, check_partial_response_head, parse_response_head
 from .kernel import POLLRDHUP, SplicePipe, fin_on_close, reset_on_close
@@ -192,6 +203,20 @@ class Flow:
         return count
 
 
+class Begun(typing.NamedTuple):
+    """How far an exchange has come without a relay, for one to go on from there."""
+
+    written: int  # octets of the request that upstream took
+    sent_at: float | None  # when it had taken all of them
+    answer: bytes | None  # what it then answered, in one read
+    first_byte_at: float | None  # when that was read
+    response_head: ResponseHead | None  # what the client was told, or is half told, if anything
+    octets: bytes  # head and content of the response to it, of which
+    length: int  # octets are content, and
+    taken: int  # are written
+    error: Exception | None  # what the step behind all that met, if it did not merely have to wait
+
+
 class Relay:
     """Relays one request, whose head is known, over one leased upstream connection. One thread, once."""
 
@@ -199,7 +224,6 @@ class Relay:
         "_head_from",
         "_noted_finished",
         "_noted_head",
-        "_sent_before",
         "_stood",
         "awaited_from",
         "awaiting_continue",
@@ -290,7 +314,6 @@ class Relay:
         self.guarded: list[AnyEndpoint] = []  # see _guard
         self.events: list[tuple[float, str, str]] = []
         self.sent_at: float | None = None
-        self._sent_before: float | None = None  # see attach
         self.awaited_from: float | None = None  # the answer: since then all was sent, or no more could be
         self.first_byte_at: float | None = None
         self.last_byte_at: float | None = None
@@ -326,20 +349,11 @@ class Relay:
         if watch is not None:
             self.waiter.watches.append(TimedWatch(watch, side, operation))
 
-    def attach(
-        self,
-        upstream: AnyEndpoint,
-        memory: SectionMemory,
-        head: bytes,
-        body: bytes,
-        now: float,
-        sent_at: float | None = None,
-    ) -> None:
+    def attach(self, upstream: AnyEndpoint, memory: SectionMemory, head: bytes, body: bytes, now: float) -> None:
         """Give the relay its upstream connection, and the octets to begin with: the head, and what has come of the
-        body. ``sent_at`` says when they were sent, if that was before (``play_back``).
+        body.
         """
         self.upstream = upstream
-        self._sent_before = sent_at
         self.memory = memory
         waiter = self.waiter
         waiter.upstream = upstream
@@ -408,8 +422,8 @@ class Relay:
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Relay until the response is whole, or a tunnel has ended on both sides.
+    def run(self, begun: Begun | None = None) -> None:
+        """Relay until the response is whole, or a tunnel has ended on both sides; ``begun`` is what was done before.
 
         Raises: Abort.
         """
@@ -418,16 +432,19 @@ class Relay:
         waiter = self.waiter
         allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
-        self._flush_request(now)
-        if request.finished and upstream.patience_s:
-            # Most answers come at once, whole, and fit into one read.
-            try:
-                self._read_upstream(now, soon=True)
-            except Abort as abort:
-                # Upstream's end ends that wait at once and the client's does not: if it is there by now, it came first.
-                if abort.side is Side.UPSTREAM:
-                    self._client_ends(waiter.peek_client(), allow_half_close)
-                raise
+        try:
+            if begun is not None:
+                self._go_on(begun, now)
+            else:
+                self._flush_request(now)
+                if request.finished and upstream.patience_s:
+                    # Most answers come at once, whole, and fit into one read.
+                    self._read_upstream(now, soon=True)
+        except Abort as abort:
+            # Upstream's end ends that wait at once and the client's does not: if it is there by now, it came first.
+            if abort.side is Side.UPSTREAM:
+                self._client_ends(waiter.peek_client(), allow_half_close)
+            raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
             client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
@@ -491,6 +508,59 @@ class Relay:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
+
+    def _go_on(self, begun: Begun, now: float) -> None:
+        """Take over what was done before there was a relay: nothing of it is done or decided again. Raises: Abort, or
+        the error of a bug.
+        """
+        request, client, upstream = self.request, self.client, self.upstream
+        assert upstream is not None
+        error, sent_at, answer = begun.error, begun.sent_at, begun.answer
+        if begun.written:
+            request.start = request.written = begun.written
+            request.last_written_at = sent_at or now
+        if sent_at is None:
+            if isinstance(error, OSError):
+                self._break_request(self._abort(upstream, Operation.WRITE, error))
+                return
+        else:
+            request.pending = False
+            request.finished = True
+            self.sent_at = self.awaited_from = sent_at
+            if self.upstream_head_watch is not None:
+                self.upstream_head_watch.wait(sent_at)
+        if answer is None:
+            if sent_at is not None and isinstance(error, OSError):
+                raise self._upstream_failed(error)
+        elif begun.response_head is not None:
+            self._take_over_response(begun, begun.response_head, len(answer), now)
+            if isinstance(error, OSError):
+                raise self._abort(client, Operation.WRITE, error)
+        elif error is not None:
+            self.head_octets = answer
+        else:
+            assert begun.first_byte_at is not None
+            self._take_from_upstream(answer, len(answer), begun.first_byte_at)
+        if error is not None:
+            raise error
+
+    def _take_over_response(self, begun: Begun, head: ResponseHead, read: int, now: float) -> None:
+        """The client has been told a head, and upstream's answer, ``read`` octets, was whole."""
+        response = self.response
+        self.response_head = head
+        self.first_byte_at = response.last_read_at = begun.first_byte_at
+        self._head_from = 0
+        response.read = read
+        if begun.length:
+            response.framing = LengthFraming(begun.length)
+            response.framing.skip(begun.length)
+        response.octets = begun.octets
+        response.start = response.written = begun.taken
+        response.end = len(begun.octets)
+        response.fed_from = response.end - begun.length
+        response.pending = True
+        if begun.taken:
+            response.last_written_at = now
 
     def note_progress(self) -> None:
         """Leave word of how far it has come: with each turn of the loop, as any of its waits may be the last."""
@@ -736,7 +806,7 @@ class Relay:
             if request.pipe is not None:
                 self._release_pipe(request)
             if not self.tunnel:
-                self.sent_at = self.awaited_from = self._sent_before or time.monotonic()
+                self.sent_at = self.awaited_from = time.monotonic()
                 if self.upstream_head_watch is not None:
                     self.upstream_head_watch.wait(self.sent_at)
             elif self.upstream is not None:
@@ -784,9 +854,20 @@ class Relay:
                 self._see_part_of_record(self.upstream_read_watch, now)
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
-            if self.broken is not None and not refuses_certificate(error):
-                raise self.broken from self.broken.original
-            raise self._abort(upstream, Operation.READ, error) from error
+            abort = self._upstream_failed(error)
+            raise abort from abort.original
+        self._take_from_upstream(octets, count, now)
+
+    def _upstream_failed(self, error: OSError) -> Abort:
+        """Returns: the abort of a read from upstream that failed; the first error wins."""
+        if self.broken is not None and not refuses_certificate(error):
+            return self.broken
+        assert self.upstream is not None
+        return self._abort(self.upstream, Operation.READ, error)
+
+    def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
+        """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
+        response = self.response
         if not count:
             self._response_source_ended(now)
             return

@@ -9,6 +9,7 @@ failed.
 import collections
 import collections.abc
 import errno
+import functools
 import os
 import queue
 import select
@@ -57,18 +58,24 @@ def upstream_host(url: UpstreamUrl) -> str:
     return host if url.port == (443 if url.scheme == "https" else 80) else f"{host}:{url.port}"
 
 
+@functools.cache
+def _read_numeric(host: str, port: int) -> list[tuple[int, typing.Any]]:
+    """Returns: as ``_look_up``; nothing if ``host`` is a name. Kept, as it is the same for each connection."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return []
+    return [(family, address) for family, _, _, _, address in found]
+
+
 def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.Any]]:
     """Returns: the addresses of ``host``, as family and socket address. Raises: OSError; Abort as ``wait`` does.
 
     getaddrinfo can't be told when to give up, so a name is looked up by a thread of its own, which ends when the
     resolver does, whether or not anybody waits for it: hence the bound on how many there are.
     """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-    except socket.gaierror:
-        pass  # a name, then
-    else:
-        return [(family, address) for family, _, _, _, address in found]
+    if numeric := _read_numeric(host, port):
+        return numeric
     answers: list[list[tuple[int, typing.Any]] | OSError] = []
     while not _LOOKUPS.acquire(blocking=False):
         wait(-1, 0, 0.05)
@@ -125,11 +132,11 @@ class _LeasedConnection:
     _probe: typing.Any
     sock: typing.Any
 
-    def adopt(self, url: UpstreamUrl, settings: Settings) -> None:
+    def adopt(self, url: UpstreamUrl, settings: Settings, sections: SectionMemory) -> None:
         """Take what urllib3's constructors have no room for."""
         self.url = url
         self.settings = settings
-        self.memory = SectionMemory()
+        self.memory = SectionMemory(sections)
         self.endpoint = None
         self.name = ""
         self._wait = None
@@ -170,7 +177,7 @@ class _LeasedConnection:
             endpoint = Endpoint(self.sock, Side.UPSTREAM, self.name, pulse)
             endpoint.become_patient(ANSWER_PATIENCE_S)
         self.endpoint = endpoint
-        self.memory = SectionMemory()
+        self.memory = SectionMemory(self.memory.shared)
         self._probe = select.poll()
         self._probe.register(endpoint.fd, select.POLLIN)
         self._wait = None
@@ -302,6 +309,7 @@ class _LeasingPool:
 
     url: UpstreamUrl
     settings: Settings
+    sections: SectionMemory  # what all connections remember of their responses
     pool: typing.Any
 
     def lease(self, *, fresh: bool = False) -> AnyConnection:
@@ -313,7 +321,7 @@ class _LeasingPool:
         except urllib3.exceptions.ClosedPoolError:
             connection = self._new_conn()  # type: ignore[attr-defined]  # a reload has replaced this pool just now
         if not hasattr(connection, "url"):
-            connection.adopt(self.url, self.settings)
+            connection.adopt(self.url, self.settings, self.sections)
         return connection  # type: ignore[no-any-return]  # urllib3 makes what ConnectionCls says
 
     def release(self, connection: AnyConnection) -> None:
@@ -370,4 +378,5 @@ def upstream_pool(settings: Settings, context: UpstreamContext | None) -> AnyPoo
         pool = UpstreamPool(url.host or "localhost", url.port or None, maxsize=_MAX_IDLE)
     pool.url = url
     pool.settings = settings
+    pool.sections = SectionMemory()
     return pool

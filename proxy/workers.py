@@ -160,7 +160,8 @@ def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.so
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if settings.workers > 1:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        prepare_listener(listener, dead.seconds if dead else None, user.seconds if user else None)
+        dead_s, user_s = dead.seconds if dead else None, user.seconds if user else None
+        prepare_listener(listener, dead_s, user_s, defer=settings.defers_accept)
         listener.bind(where)
         listener.listen(_BACKLOG)
         listeners.append(listener)
