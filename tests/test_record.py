@@ -228,6 +228,17 @@ def test_a_bug_before_the_response_is_a_502(fault: str, which: str, phase: str |
     faulty.check_upstream_was_told()
 
 
+@pytest.mark.parametrize("fault", ["exchange.parse_response_head", "exchange.serialize_response"])
+def test_a_bug_where_there_is_no_relay_yet_tells_how_far_it_had_come(fault: str, faulty: Faulty) -> None:
+    """Somebody who reads that nothing had reached upstream sends a POST again."""
+    _, record = faulty.fail("post", fault)
+    counts = record["bytes"]
+    assert (counts["request_body"], counts["response_body"]) == (5, 0)
+    assert counts["upstream_read"] == len(ok(b"fine"))
+    assert counts["upstream_written"] > counts["client_read"] > 5
+    assert "the request was sent" in record["message"]
+
+
 def check_bug(record: LogRecord, fault: str) -> None:
     """Check the record of a bug."""
     harness.check_record(record)
@@ -261,6 +272,7 @@ _AFTER = [
     ("exchange.ClientConnection._return_lease", "post in chunks"),
     ("upstream._LeasingPool.release", "post"),
     ("upstream._LeasingPool.release", "post in chunks"),
+    ("exchange.Outcome", "post"),
     ("exchange.ClientConnection._settle", "post"),
     ("exchange.ClientConnection._settle", "post in chunks"),
     ("exchange.ClientConnection._settle", "big"),
