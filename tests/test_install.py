@@ -120,11 +120,22 @@ def test_without_a_python_that_will_do(checkout: Checkout) -> None:
     )
     # Stands for a Python that CI machines do not have.
     old = checkout.elsewhere / "python3.9"
-    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2\n')
+    old.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 3 9 3.9.2\n')
     old.chmod(0o755)
     refused = checkout.run("--version", PYTHON=str(old))
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("run: Python 3.9.2 is too old; Python 3.11 or newer is needed")
+    broken = checkout.run("--version", PYTHONHOME="/does/not/exist")
+    assert (broken.returncode, broken.stdout) == (2, "")
+    assert " does not run as a Python (Fatal Python error: " in broken.stderr
+
+
+def test_what_lies_where_the_user_stands_is_not_taken_for_a_package(checkout: Checkout) -> None:
+    """An empty part of PYTHONPATH is the current directory."""
+    (checkout.elsewhere / "urllib3.py").write_text("raise SystemExit('not this one')\n")
+    for path in ("", ":/does/not/exist", "/does/not/exist:"):
+        done = checkout.run("--version", PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
 
 
 # Another /run for one process, so that the machine's own docker socket is out of the way; `exec` keeps the process.
