@@ -50,6 +50,7 @@ import socket
 import ssl
 import stat
 import struct
+import sysconfig
 import tempfile
 import termios
 import textwrap
@@ -73,7 +74,7 @@ without them gets commands to type and no traceback.
 """
 
 
-# --- proxy/dependencies.py, line 12 ---
+# --- proxy/dependencies.py, line 13 ---
 
 # Module, then the name of its package for apt and for pip.
 DEPENDENCIES = (
@@ -89,15 +90,25 @@ def missing_dependencies() -> list[str]:
 
 
 def mending_commands(missing: list[str]) -> str:
-    """Returns: lines for a person that say what is missing for which Python, and the commands that mend it."""
+    """Returns: lines for a person that say what is missing for which Python, and the commands that mend it for that
+    one.
+    """
     apt = " ".join(apt for module, apt, _ in DEPENDENCIES if module in missing)
     pip = " ".join(pip for module, _, pip in DEPENDENCIES if module in missing)
-    return (
-        f"proxy: error: {sys.executable} has no {', '.join(missing)}; one of these mends it:\n"
-        f"  apt install {apt}\n"
-        f"  {sys.executable} -m pip install {pip}\n"
-        "  uv run proxy.py\n"
-    )
+    python = sys.executable
+    commands = ["uv run proxy.py"]
+    # PEP 668: pip refuses to install into a Python that belongs to the system.
+    if (
+        os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
+        and sys.prefix == sys.base_prefix
+    ):
+        commands.insert(0, f"{python} -m venv packages && packages/bin/pip install {pip}, then packages/bin/python")
+    else:
+        commands.insert(0, f"{python} -m pip install {pip}")
+    if sys.prefix == "/usr" and os.path.exists("/usr/bin/apt-get"):
+        commands.insert(0, f"apt install {apt}")
+    lines = [f"proxy: error: {python} has no {', '.join(missing)}; one of these mends it:"]
+    return "\n  ".join([*lines, *commands]) + "\n"
 
 
 def open_standard_files() -> None:
@@ -367,8 +378,8 @@ class SectionMemory:
 
 @dataclasses.dataclass(slots=True)
 class RequestHead:
-    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1. Never changed, as
-    requests share it.
+    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1. Requests share
+    it: what is worked out from it later is kept with it, and the rest never changes.
     """
 
     method: bytes
@@ -714,7 +725,7 @@ _TRACING = frozenset((b"OPTIONS", b"TRACE"))
 _FRAMES_A_BODY = frozenset((b"content-length", b"transfer-encoding", b"trailer"))
 
 
-# These three are made for each connection. A frozen dataclass takes three times as long to make as a named tuple.
+# These three are made often. A frozen dataclass takes three times as long to make as a named tuple.
 
 
 class ForwardingContext(typing.NamedTuple):
@@ -1430,7 +1441,7 @@ class TcpInfo:
         return self.probes > 0 or (self.unacked > 0 and self.last_data_sent_s < self.heard_s)
 
     def verdict(self, alive: bool = False) -> str:
-        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (CONTRACT.md).
+        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (docs/records.md).
 
         ``alive``: it has just spoken. The numbers may not show that: a reset answers no probe.
         """
@@ -1746,6 +1757,12 @@ def raise_file_limit() -> tuple[int, int]:
         # Some systems call the hard limit infinite and do not grant that much: what we have has to do.
         return soft, soft
     return soft, hard
+
+
+def most_open_files() -> int | None:
+    """Returns: how many files a worker may open once it has raised its limit; None where there is no limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def run_as_batch() -> bool:
@@ -3150,8 +3167,9 @@ _USER_INFORMATION = re.compile(
 # a value has fields of its own, percent-encoded or not.
 _FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
 _SECRET_NAMES = frozenset(
-    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
-    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
+    b"access_token api-key api_key apikey auth authorization client_secret credential credentials id_token jwt key pass"
+    b" passwd password pwd refresh_token secret secret_key session sig signature token x-amz-credential"
+    b" x-amz-security-token x-amz-signature x-goog-credential x-goog-signature".split()
 )
 
 
@@ -3188,7 +3206,7 @@ def _mask_field(field: bytes) -> bytes:
 
 """The words of the log: who ended a request, in which phase, doing what, and why.
 
-The values are the strings that appear in records, in the words of CONTRACT version 1; nothing is translated on the way.
+The values are the strings that appear in records, in the words of docs/records.md; nothing is translated on the way.
 This module decides names only; which combinations mean which status is decided in ``aborts``.
 """
 
@@ -3412,7 +3430,7 @@ _ALL_PHASES = tuple(Phase)
 _Row = tuple[Side, tuple[Phase, ...], tuple[Cause, ...], int | None, str | None]
 
 # One row for each way to end: sides, phases and causes that can occur, the status of the answer where one can still
-# be given, and the type of RFC 9209 §2.3, whose recommended status it is wherever CONTRACT version 1 knows that
+# be given, and the type of RFC 9209 §2.3, whose recommended status it is wherever the proxy answers with that
 # status.
 _ROWS: tuple[_Row, ...] = (
     # The client is gone or cannot be talked to: nobody is left to answer.
@@ -3479,9 +3497,9 @@ ANSWERS: dict[tuple[Side, Phase, Cause], tuple[int | None, str | None]] = {
 
 """One connected socket of an exchange: its side, its name, how to read and write it, plain or under TLS.
 
-Both kinds are non-blocking and have the same four operations; ``BlockingIOError`` means: poll for ``read_event`` or
-``write_event`` and come again. What an ``OSError`` means for the request is decided by the caller, who knows the
-phase.
+Both kinds have the same operations: ``read``, ``read_into``, ``write``, ``flush``, ``end_write``, ``close``. With
+``NO_WAIT`` none of them waits; ``BlockingIOError`` means: poll for ``read_event`` or ``write_event`` and come again.
+What an ``OSError`` means for the request is decided by the caller, who knows the phase.
 """
 
 
@@ -3905,8 +3923,9 @@ _CONNECTION_TEXT_AT = 226
 _HEAD_TEXT_AT = 400
 _ROOM = 1024
 _MOST_METHOD = 128
-# Requests on connections beyond these are counted where a worker dies, and not described.
-_MOST_SLOTS = 4096 + 128
+# Memory that all slots of all workers may take, if each was used. Requests on connections beyond it are counted where a
+# worker dies, and not described.
+_MOST_MEMORY = 256 * 1024 * 1024
 _PHASES = tuple(Phase)
 _NUMBERS = {phase: number for number, phase in enumerate(_PHASES)}
 _HEAD_PHASE = _NUMBERS[Phase.REQUEST_HEAD]
@@ -4075,14 +4094,20 @@ class SlotStore:
 
     def __init__(self, memory: mmap.mmap, first: int, count: int) -> None:
         """Take the slots ``first`` to ``first + count`` of ``memory``."""
-        self._free = [Slot(memory, (first + number) * _ROOM, is_shared=True) for number in range(count)]
+        self._memory = memory
+        self._fresh = iter(range(first, first + count))  # made into slots when first wanted
+        self._free: list[Slot] = []
 
     def take(self, connection_id: str, client: str) -> Slot:
         """Returns: a slot for a connection; where none is free, one that nobody else ever sees."""
         try:
             slot = self._free.pop()
         except IndexError:
-            slot = Slot(bytearray(_ROOM), 0, is_shared=False)
+            number = next(self._fresh, None)
+            if number is None:
+                slot = Slot(bytearray(_ROOM), 0, is_shared=False)
+            else:
+                slot = Slot(self._memory, number * _ROOM, is_shared=True)
         slot.hold(connection_id, client)
         return slot
 
@@ -4097,7 +4122,7 @@ class InFlightTable:
 
     def __init__(self, workers: int, most_connections: int) -> None:
         """``most_connections`` is what one worker may hold at once."""
-        self._each = min(most_connections, _MOST_SLOTS)
+        self._each = min(most_connections, _MOST_MEMORY // _ROOM // workers)
         self._memory = mmap.mmap(-1, workers * self._each * _ROOM)  # a page takes memory when first written to
 
     def slots(self, worker: int) -> SlotStore:
@@ -4152,11 +4177,12 @@ def structured_string(text: str) -> str:
 
 
 def error_response(
-    abort: Abort, status: int, message: str, proxy_name: str, request_id: str, *, head_only: bool
+    abort: Abort, status: int, message: str, proxy_name: str, request_id: str | None, *, head_only: bool
 ) -> bytes:
     """Make a whole response that tells the client why its request failed, and closes the connection.
 
-    ``head_only`` leaves the body off, for HEAD. Returns: octets to write.
+    ``request_id`` is None where no request had begun. ``head_only`` leaves the body off, for HEAD.
+    Returns: octets to write.
     """
     body = json.dumps({"message": message}).encode("ascii") + b"\n"
     # A proxy name starts with a letter where it is an sf-token; RFC 9209 takes a string as well.
@@ -4174,9 +4200,10 @@ def error_response(
         "Cache-Control: no-store",
         f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
         f"Proxy-Status: {proxy_status}",
-        f"X-Request-Id: {request_id}",
         "Connection: close",
     ]
+    if request_id is not None:
+        lines.insert(-1, f"X-Request-Id: {request_id}")
     if status == 405:
         lines.append("Allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT")
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
@@ -4186,7 +4213,7 @@ def error_response(
 # --- proxy/tls.py, line 1 ---
 
 """TLS contexts for both sides. Which protocol versions, certificates and names are accepted is decided here;
-handshakes run in ``exchange``.
+handshakes run in ``exchange``, those of upstream in ``upstream``.
 """
 
 
@@ -4213,7 +4240,7 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
 
 class UpstreamContext(ssl.SSLContext):
     """The context that urllib3 is given: it makes a ``TlsEndpoint`` in place of an ``SSLSocket`` and leaves the
-    handshake to the relay, whose limits and whose watch over the client cover it. Chain and host name are checked by
+    handshake to ``upstream``, whose limits and whose watch over the client cover it. Chain and host name are checked by
     the handshake itself.
     """
 
@@ -4272,12 +4299,16 @@ def certificate_notes(settings: Settings) -> list[str]:
     ):
         if cert is None:
             continue
-        problem = _time_problem(cert, key)
+        path = key or cert
+        try:
+            problem = _time_problem(cert, key)
+            mode = os.stat(path).st_mode
+        except OSError:
+            continue  # it was read a moment ago, and whoever renews it is at work
         if problem is not None:
             notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
-        path = key or cert
-        if os.stat(path).st_mode & 0o044:
-            notes.append(f"the key in {path!r} can be read by other users; chmod 600 mends it")
+        if mode & 0o004:
+            notes.append(f"the key in {path!r} can be read by every user; chmod o-r mends it")
     return notes
 
 
@@ -4385,6 +4416,88 @@ def _check_readable(where: str, path: str) -> None:
         raise ConfigError(
             f"{where}: can't read {path!r}: {error.strerror}; check the path and its permissions"
         ) from error
+
+
+# --- proxy/notes.py, line 1 ---
+
+"""What a configuration may say, and what is still worth a look: ``check`` prints it, ``serve`` logs it as it starts.
+
+Nothing here is refused. What can't work at all is ``ConfigError``'s, and is found where it is read.
+"""
+
+
+# --- proxy/notes.py, line 15 ---
+
+# A relayed connection has a socket on each side; what a worker has open besides is less than this.
+_FILES_EACH, _FILES_BESIDE = 2, 64
+_PAIRS = ("client_read", "client_write", "upstream_write", "upstream_read")
+
+
+def configuration_notes(settings: Settings, environ: collections.abc.Mapping[str, str]) -> list[str]:
+    """Returns: sentences for a person, most often none."""
+    return [
+        *_exposure_notes(settings),
+        *_upstream_notes(settings),
+        *certificate_notes(settings),
+        *_limit_notes(settings),
+        *(f"{name} is no option, and is ignored" for name in ignored_variables(environ)),
+    ]
+
+
+def _exposure_notes(settings: Settings) -> list[str]:
+    """Find a daemon that trusts whoever reaches its socket put on a network for everybody."""
+    listen = settings.listen
+    if not isinstance(listen, TcpAddress) or settings.upstream.scheme != "unix" or settings.tls_client_ca is not None:
+        return []
+    if _is_loopback(listen.host):
+        return []
+    return [
+        f"whoever reaches {listen} has all that {settings.upstream} offers, and behind a docker socket that is root on"
+        " this machine: listen on 127.0.0.1 or a unix socket, or ask for certificates with tls_client_ca"
+    ]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"  # another name may stand for anything
+
+
+def _upstream_notes(settings: Settings) -> list[str]:
+    """Look at the upstream's socket as a connect would find it."""
+    if settings.upstream.scheme != "unix":
+        return []
+    path = settings.upstream.path
+    what = f"upstream socket {path!r}"
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return [f"{what} does not exist now; requests get 502 until it does"]
+    except OSError as error:
+        return [f"{what} can't be looked at ({error.strerror}); requests get 502 while that is so"]
+    if not stat.S_ISSOCK(mode):
+        return [f"{what} is no socket; requests get 502 until one is there"]
+    if not os.access(path, os.W_OK):
+        return [f"{what} may not be written by this user; requests get 502 while that is so"]
+    return []
+
+
+def _limit_notes(settings: Settings) -> list[str]:
+    """Find limits of which one leaves the other no room."""
+    notes = []
+    files, connections = most_open_files(), settings.max_connections
+    needed = _FILES_EACH * -(-connections.value // settings.workers) + _FILES_BESIDE
+    if files is not None and files < needed:
+        notes.append(
+            f"{connections} takes {needed:,} open files in each worker, and {files:,} are allowed (ulimit -Hn); beyond"
+            " them requests get 503"
+        )
+    for pair in _PAIRS:
+        timeout, deadline = getattr(settings, f"{pair}_timeout"), getattr(settings, f"{pair}_deadline")
+        if timeout is not None and deadline is not None and timeout.seconds >= deadline.seconds:
+            notes.append(f"{timeout} never ends anything, as {deadline} does so before it")
+    return notes
 
 
 # --- proxy/upstream.py, line 1 ---
@@ -4753,15 +4866,16 @@ def upstream_pool(settings: Settings, context: UpstreamContext | None) -> AnyPoo
 
 # --- proxy/waiting.py, line 1 ---
 
-"""The one place where a thread waits: ``poll`` on the client, on upstream and on the worker's own wish to end, under
-all limits that run.
+"""Where the thread of an exchange waits: ``poll`` on the client, on upstream and on the worker's own wish to end, under
+all limits that run. (Besides, it waits for moments: for a last answer to go out, and, once all is said, for the client
+to take it; ``exchange`` has bounds of its own for those.)
 
 Decides nothing about what readiness means. Raises an ``Abort`` when a limit runs out, a peer's kernel has fallen
-silent, or the worker ends; so no wait in the proxy is without its limits.
+silent, or the worker ends; so no wait for a request or a response is without its limits.
 """
 
 
-# --- proxy/waiting.py, line 19 ---
+# --- proxy/waiting.py, line 20 ---
 
 # POLLERR and POLLHUP come unasked.
 FAILED = select.POLLERR | select.POLLHUP | select.POLLNVAL
@@ -4814,7 +4928,6 @@ class Waiter:
         "control",
         "dead_limit",
         "drain_seen",
-        "killed",
         "next_pulse_at",
         "phase_of",
         "pulse_every_s",
@@ -4832,7 +4945,6 @@ class Waiter:
         self.upstream: AnyEndpoint | None = None
         self.control = control
         self.dead_limit = dead_limit
-        self.killed = False
         self.drain_seen = False
         self.watches: list[TimedWatch] = []
         self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _no_phase
@@ -4884,7 +4996,7 @@ class Waiter:
             for fd, _ in ready:
                 if fd == self.client.fd:
                     return True
-            if not ready or self.control.draining or self.killed:
+            if not ready or self.control.draining:
                 return False
 
     def read_soon(self, endpoint: AnyEndpoint, size: int) -> bytes:
@@ -4894,7 +5006,7 @@ class Waiter:
         worth; meanwhile nothing else is watched, and no limit may run out.
         Raises: BlockingIOError if nothing came in the endpoint's ``patience_s``: wait, then; OSError; Abort.
         """
-        if not endpoint.patience_s or self.drain_seen or self.killed:
+        if not endpoint.patience_s or self.drain_seen:
             return endpoint.read(size, NO_WAIT)
         if self.watches:
             now = time.monotonic()
@@ -4952,8 +5064,6 @@ class Waiter:
                 self._see_control()
         if self.watches and not client_ready and not upstream_ready:
             self._check_watches(now)
-        if self.killed:
-            raise Abort(Side.PROXY, self.phase_of(Side.PROXY, Operation.READ), None, Cause.KILLED)
         return client_ready, upstream_ready, now
 
     def _change_upstream(self, fd: int, events: int) -> None:
@@ -6315,6 +6425,8 @@ _BYTE_COUNTS = (
 _quote = json.encoder.encode_basestring_ascii
 # A longer target goes the general way, where what is too long for a line is cut.
 _LONG_TARGET = 4096
+# Of method and target in a message, in characters.
+_MOST_WORDS = 300
 
 
 class Tally:
@@ -6700,9 +6812,8 @@ class Record:
             fields["message"] = self.sentence(abort)
         elif response_head is not None:
             content = self.bytes()["response_body"]
-            what = f"{method} {target}"[:300]
             client = self.about.client
-            answered = f"{what} answered {self.status()} in {now - first_at:.6f} s"
+            answered = f"{_request_words(method, target)} answered {self.status()} in {now - first_at:.6f} s"
             fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
@@ -6802,9 +6913,7 @@ class Record:
     def sentence(self, abort: Abort) -> str:
         """Returns: one plain sentence a person can act on: side, cause, limit with value and source, bytes."""
         method, target = self.method_and_target()
-        what = f"{method} {target}" if method is not None else "a request"
-        if len(what) > 300:
-            what = what[:300] + "..."
+        what = _request_words(method, target)
         if self.told_at is None:
             self.told_at = time.monotonic()
         duration_s = self.told_at - self.first_at
@@ -6871,9 +6980,8 @@ class Record:
             return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"
         if abort.phase is Phase.REQUEST_BODY:
             length = self.head.section.content_length if self.head is not None else None
-            of = f" of {length:,}" if length is not None else ""
             unread = _unacknowledged(self.upstream_evidence)
-            sent = f"{counts['request_body']:,}{of} bytes of the request body had gone to {upstream}{unread}"
+            sent = f"{counts['request_body']:,}{_of(length)} bytes of the request body had gone to {upstream}{unread}"
             return f"{sent} from {client}"
         if not relay.head_out:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
@@ -6887,9 +6995,8 @@ class Record:
             state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
-        of = f" of {length:,}" if length is not None else ""
         unread = _unacknowledged(self.client_evidence)
-        return f"{counts['response_body']:,}{of} bytes of the response had gone to {client}{unread}{doing}"
+        return f"{counts['response_body']:,}{_of(length)} bytes of the response had gone to {client}{unread}{doing}"
 
 
 def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[str, object]:
@@ -6900,13 +7007,15 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
     abort = Abort(Side.PROXY, request.phase, None, cause)
     method = printable(request.method) if request.method is not None else None
     target = printable(request.target) if request.target is not None else None
-    what = f"{method} {target}"[:300] if method is not None else "a request"
+    what = _request_words(method, target)
     duration_s = time.monotonic() - request.first_at
     counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
+    there = f"{counts['request_body']:,}" + _of(request.expected_request)
+    back = f"{counts['response_body']:,}" + _of(request.expected_response)
     message = (
         f"the proxy's worker process {pid} ended {how}, which ended {what} after {duration_s:.1f} s:"
-        f" {counts['request_body']:,} bytes of its content had gone from client {request.client}"
-        f" to upstream {request.upstream or '(none yet)'}, {counts['response_body']:,} bytes of the response's back"
+        f" {there} bytes of the request body had gone from client {request.client}"
+        f" to upstream {request.upstream or '(none yet)'}, {back} bytes of the response back"
     )
     return {
         "message": message,
@@ -6943,11 +7052,26 @@ def _say_alike(head: RequestHead) -> tuple[str, str, str] | None:
     if len(head.method) + len(head.target) > _LONG_TARGET:
         return None
     method = head.method.decode("ascii")  # a token: nothing in it needs escaping
-    target = _quote(mask_secrets(head.target).decode("ascii"))
+    target = mask_secrets(head.target).decode("ascii")
+    quoted = _quote(target)
     length = head.section.content_length
     expected = "null" if length is None else str(length)
-    head.logged = logged = (f"{method} {target[1:-1]}", f'"method":"{method}","target":{target}', expected)
+    words = _quote(_request_words(method, target))[1:-1]
+    head.logged = logged = (words, f'"method":"{method}","target":{quoted}', expected)
     return logged
+
+
+def _request_words(method: str | None, target: str | None) -> str:
+    """Returns: the request as a message names it, a long target cut and marked; the field ``target`` has all of it."""
+    if method is None:
+        return "a request"
+    words = f"{method} {target}"
+    return words if len(words) <= _MOST_WORDS else words[:_MOST_WORDS] + "..."
+
+
+def _of(length: int | None) -> str:
+    """Returns: what follows a count of content whose announced length is known."""
+    return f" of {length:,}" if length is not None else ""
 
 
 def _unacknowledged(evidence: dict[str, object] | None) -> str:
@@ -7025,12 +7149,12 @@ def describe_limit(abort: Abort) -> dict[str, object] | None:
     await the first byte -> read the head -> judge it -> lease an upstream connection
         -> exchange at once, or relay -> settle -> record -> next request, linger, or close
 
-Everything that goes wrong is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the one
-place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
+Whatever goes wrong with a request is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the
+one place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
 """
 
 
-# --- proxy/exchange.py, line 70 ---
+# --- proxy/exchange.py, line 71 ---
 
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
@@ -7054,6 +7178,18 @@ _LINGER_BYTES = 1024 * 1024 * 1024
 _ANSWER_S = 1.0
 # A connection beyond --max-connections is told so, if it asks within this time.
 _OVERFLOW_HEAD_S = 2.0
+
+# What becomes of the client's connection when an exchange, or the wait for the next one, is over.
+Ending = typing.Literal[
+    "keep",  # another request may follow
+    "finish",  # all is said, on both sides: close
+    "linger",  # all is said, and the client may send more that nobody wants: read on until it has seen the end
+    "cut",  # as "linger", without close_notify, in the middle of a message: nobody is to take what it got for whole
+    "reset",  # in the middle of a message that ends with its connection, which a FIN would make whole
+    "idle",  # nothing was under way: close once the client has all of what was said before
+    "close",  # at once: the client has left, or nothing was said
+]
+_UNTIL_SETTLED: Ending = "close"
 
 
 @dataclasses.dataclass(slots=True)
@@ -7159,8 +7295,8 @@ class ClientConnection:
     """Serves one client connection until it ends. Used by one thread; ``record`` may be read by others."""
 
     __slots__ = (
-        "_close_mode",
         "_context",
+        "_ending",
         "_memory",
         "_notes",
         "_residue",
@@ -7203,7 +7339,7 @@ class ClientConnection:
         self.record: Record | None = None
         self.lease: AnyConnection | None = None
         self.served = 0
-        self._close_mode = "close"
+        self._ending: Ending = "close"
 
     # -- the connection ----------------------------------------------------------------------------
 
@@ -7220,12 +7356,6 @@ class ClientConnection:
             # Breaks the circle connection, waiter, relay: without it, buffers and TLS state wait for the collector,
             # which counts neither and comes late.
             self.waiter.forget_phases()
-
-    def kill(self, cause_flag: bool = True) -> None:
-        """End the request in flight from another thread: its next wait raises."""
-        self.waiter.killed = cause_flag
-        # The thread may be waiting for long: an end of its input wakes it. TLS state is left alone.
-        socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
 
     def _shake_hands(self) -> bool:
         """TLS handshake under client_head_timeout, from its first byte.
@@ -7249,14 +7379,15 @@ class ClientConnection:
                 self._closed("no request")
                 return False
             if first[0] != 0x16:
-                self._answer_plain_http()
-                raise Abort(
+                plain = Abort(
                     Side.CLIENT,
                     Phase.TLS_HANDSHAKE,
                     Operation.HANDSHAKE,
                     Cause.PROTOCOL,
                     detail=f"plain text on a TLS port, beginning with {first!r}",
                 )
+                self._answer_plain_http(plain)
+                raise plain
             self.waiter.phase_of = lambda side, operation: Phase.TLS_HANDSHAKE
             self._watch_head(began_at, Operation.HANDSHAKE)
             while not client.handshake():
@@ -7277,17 +7408,13 @@ class ClientConnection:
             self.waiter.watches.clear()
         return True
 
-    def _answer_plain_http(self) -> None:
+    def _answer_plain_http(self, abort: Abort) -> None:
         """Say in plain HTTP that TLS is spoken here: the client would see no more than garbage otherwise."""
-        text = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
-        body = f'{{"message": "{text}"}}\n'
-        head = (
-            "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self._close_mode = "linger"
+        message = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
+        octets = error_response(abort, 400, message, self.settings.proxy_name, None, head_only=False)
+        self._ending = "linger"
         try:
-            self.client.sock.send((head + body).encode("ascii"))
+            self.client.sock.send(octets)
         except OSError:
             return  # the client has left, and what it sent is on record all the same
 
@@ -7299,7 +7426,7 @@ class ClientConnection:
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
 
     def _closed(self, why: str) -> None:
-        if self.worker.log.threshold <= 10:
+        if self.worker.log.threshold <= LEVELS["debug"]:
             self.worker.log.event(
                 "debug",
                 "connection.close",
@@ -7322,7 +7449,7 @@ class ClientConnection:
         self.record = record = Record(
             worker.log, worker.tally, self._settle, worker.next_id(), self._notes, time.monotonic()
         )
-        self._close_mode = "close"
+        self._ending = _UNTIL_SETTLED
         with record:
             head = self._read_head(octets, record)
             prepared = prepare_request(head, self._context)
@@ -7341,7 +7468,7 @@ class ClientConnection:
             record.forget()
         self.record = None
         self.waiter.watches.clear()
-        return self._close_mode == "keep"
+        return self._ending == "keep"
 
     def _await_first_byte(self) -> bytes:
         """Wait for the next request. Returns: its first octets; b"" if there will be none."""
@@ -7365,7 +7492,7 @@ class ClientConnection:
                 at_most = self._idle_at_most()
                 if not self.waiter.idle(None if at_most is None else begun_at + at_most):
                     self._closed("shutdown" if self.worker.control.draining else "idle")
-                    self._close_mode = "settle"
+                    self._ending = "idle"
                     return b""
             try:
                 more = self.waiter.read_soon(client, _HEAD_READ) if soon else client.read(_HEAD_READ, NO_WAIT)
@@ -7378,7 +7505,7 @@ class ClientConnection:
                 return b""
             if not more:
                 self._closed("closed by the client")
-                self._close_mode = "settle"
+                self._ending = "idle"
                 return b""
             octets += more
 
@@ -7556,7 +7683,7 @@ class ClientConnection:
             record.upstream = upstream.name
             record.connected_at = time.monotonic()
             begun = self._exchange_at_once(record, head, prepared, request_id, octets, body, connection)
-            if begun is None:
+            if record.outcome is not None:  # all of it is done
                 pool.release(connection)
                 self.lease = None
                 return
@@ -7577,7 +7704,8 @@ class ClientConnection:
         in one read, and has a length or no content. Most are like that, and it takes half of the instructions
         (docs/performance.md).
 
-        Returns: None if it was so; else what has happened so far, and a relay has to go on from there. Raises nothing.
+        Returns: None if it was so, and the record has its outcome; else what has happened so far, and a relay has to
+        go on from there. Raises nothing.
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
@@ -7635,8 +7763,8 @@ class ClientConnection:
             pass  # the relay waits for it, or finds the same
         except OSError as failure:
             error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
-        except Exception as bug:  # noqa: BLE001  # raised by the relay, which can say how far it had come
-            error = bug
+        except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
+            error = other
         return Begun(written, sent_at, answer, first_byte_at, response_head, octets, length, taken, error)
 
     def _relay(
@@ -7871,12 +7999,12 @@ class ClientConnection:
     def _settle(self, record: Record, abort: Abort | None) -> Abort | None:
         """End an exchange: await delivery, or read the evidence, tell upstream, and tell the client.
 
-        Returns: the abort, if there is one by now. Sets ``_close_mode``.
+        Returns: the abort, if there is one by now. Sets ``_ending``.
         """
         relay = record.relay
         if abort is None:
             if record.outcome is not None:
-                self._close_mode = "keep" if record.outcome.keep_alive else "finish"
+                self._ending = "keep" if record.outcome.keep_alive else "finish"
                 return None
             assert relay is not None
             try:
@@ -7886,7 +8014,7 @@ class ClientConnection:
             except Abort as late:
                 abort = late
             else:
-                self._close_mode = self._mode_after(relay)
+                self._ending = self._ending_after(relay)
                 return None
         if relay is None:
             self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
@@ -7917,7 +8045,7 @@ class ClientConnection:
         self._tell_client(record, abort)
         return abort
 
-    def _mode_after(self, relay: Relay) -> str:
+    def _ending_after(self, relay: Relay) -> Ending:
         if relay.tunnel or not relay.request.framing.complete:
             return "linger"
         return "finish" if relay.close_client else "keep"
@@ -7964,24 +8092,24 @@ class ClientConnection:
         """Answer the client if nothing of a response has gone out, else cut the response: it can't look whole then."""
         relay = record.relay
         gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
-        self._close_mode = "close"
+        self._ending = "close"
         if gone or record.outcome is not None:
             return
         if relay is None and record.client_written:
-            self._close_mode = "cut"
+            self._ending = "cut"
             return
         if relay is None or not (relay.head_out or relay.mid_head):
             if self.client.mid_write:
                 # A part of the response is out, though no octet of it counts as written: only an end can follow.
-                self._close_mode = "cut"
+                self._ending = "cut"
             elif abort.status is not None:
                 if relay is not None:
                     relay.unguard()
                 self._answer(record, abort, abort.status)
-                self._close_mode = "linger"
+                self._ending = "linger"
             return
         if relay.tunnel:
-            self._close_mode = "reset"
+            self._ending = "reset"
             return
         response = relay.response
         framed_by_end = (response.framing.ends_with_connection and not response.enchunk) or response.dechunk
@@ -7992,7 +8120,7 @@ class ClientConnection:
                 record.answered_bytes += self._write_out(line)
             else:
                 record.answered_bytes += self._write_out(b"%x\r\n%b\r\n" % (len(line), line))
-        self._close_mode = "reset" if framed_by_end else "cut"
+        self._ending = "reset" if framed_by_end else "cut"
 
     def _answer(self, record: Record, abort: Abort, status: int) -> None:
         message = record.sentence(abort) + f" (request id {record.request_id})"
@@ -8029,26 +8157,26 @@ class ClientConnection:
 
     def _end(self) -> None:
         """End the connection as the last exchange left it."""
-        mode = self._close_mode
-        if mode == "reset":
+        ending = self._ending
+        if ending == "reset":
             self._await_empty(time.monotonic() + _ANSWER_S)
             if self.client.sock.family != socket.AF_UNIX:
                 reset_on_close(self.client.sock)
             return
-        if mode == "close":
+        if ending == "close":
             return
         client = self.client
         try:
-            if mode != "cut" and not client.can_splice and not client.mid_write:
+            if ending != "cut" and not client.can_splice and not client.mid_write:
                 client.end_write()  # close_notify, which a cut response must not have, and half a record can't
                 self._flush_for(time.monotonic() + _ANSWER_S)
-            may_send_more = mode in ("linger", "cut") or bool(self._residue)
+            may_send_more = ending in ("linger", "cut") or bool(self._residue)
             if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):
                 return  # the usual end: nothing is left to read or to send, and closing says so
             client.sock.shutdown(socket.SHUT_WR)
         except OSError:
             return  # the client has closed already
-        if mode != "settle":
+        if ending != "idle":
             self._linger()
         self._await_empty(None)
 
@@ -8454,7 +8582,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 """
 
 
-# --- proxy/workers.py, line 33 ---
+# --- proxy/workers.py, line 34 ---
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
@@ -8650,7 +8778,8 @@ class WorkerProcess:
 
     def run(self, report_to: int | None) -> None:
         """Serve until told to stop and all is done. ``report_to`` is told once, when connections are accepted."""
-        pin_to_core(self.index)
+        # Beginning at a core of its own: small proxies side by side are not to share the first one.
+        pin_to_core(self.index + os.getppid())
         run_as_batch()
         # What exists now lives as long as the process; the collector need not look at it again.
         gc.collect()
@@ -8792,7 +8921,8 @@ class Supervisor:
     end.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+    _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    _SIGNALS = (*_STOP, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
     def __init__(
         self, settings: Settings, log: EventLog, listeners: list[socket.socket], where: str, contexts: Contexts
@@ -8845,6 +8975,7 @@ class Supervisor:
             workers=sorted(self.pids),
             settings=self.settings.describe(),
         )
+        self._note(configuration_notes(self.settings, os.environ))
         notify_systemd("READY=1")
         poller = select.poll()
         poller.register(wake_read, select.POLLIN)
@@ -8868,6 +8999,11 @@ class Supervisor:
                     del self.restart_at[index]
                     self._start_again(index)
         return self._report(began_at)
+
+    def _note(self, notes: list[str]) -> None:
+        """Log what is worth a look in the configuration."""
+        for note in notes:
+            self.log.event("warning", "server.note", message=note, pid=os.getpid())
 
     def _start_all(self) -> None:
         """Start every worker, and wait until all of them serve.
@@ -8968,7 +9104,7 @@ class Supervisor:
         self.started_at[index] = time.monotonic()
 
     def _handle(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if number in self._STOP:
             if self.stopping:
                 self.ending = True
             else:
@@ -8990,6 +9126,7 @@ class Supervisor:
             # Bad files leave the old contexts in use, here as in the workers, each of which logs what is wrong.
             with contextlib.suppress(ConfigError):
                 self.contexts = read_contexts(self.settings)
+                self._note(certificate_notes(self.settings))
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
             self.log.reopen()
@@ -9018,6 +9155,8 @@ class Supervisor:
                 if os.WIFSIGNALED(status)
                 else f"with status {os.WEXITSTATUS(status)}"
             )
+            if self.killed and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                how += " from the process above it, as its time in the drain was over"
             left = self._write_records(index, pid, how)
             if status or not self.stopping:
                 self._mourn(index, pid, status, how, left)
@@ -9480,7 +9619,7 @@ exit status 2, never a traceback.
 """
 
 
-# --- proxy/cli.py, line 24 ---
+# --- proxy/cli.py, line 25 ---
 
 COMMANDS = {
     "serve": "serve until told to stop; the default",
@@ -9575,7 +9714,8 @@ def help_text(width: int) -> str:
         "An option may be written --name VALUE or --name=VALUE, once. It can also be set by an environment variable"
         " (PROXY_ and its name in capitals, PROXY_CLIENT_WRITE_TIMEOUT) and in the TOML file of --config"
         " (client_write_timeout = 10). A flag beats the environment, which beats the file.",
-        "S is seconds, fractions allowed, or with a unit: 500ms, 10s, 5m, 1h; 0 or none switches a limit off."
+        "S is seconds, fractions allowed, or with a unit: 500ms, 10s, 5m, 1h; 0 or none switches a limit off (of"
+        " --drain-timeout, 0 ends all at once)."
         " BYTES is a number, or with a unit: 64k, 64KiB, 1MiB, 2GiB, all powers of 1024.",
     )
     for note in notes:
@@ -9619,7 +9759,7 @@ def _check(options: list[str], *, as_json: bool) -> int:
     read_contexts(settings)
     _check_places(settings)
     described = settings.describe()
-    notes = _notes(settings)
+    notes = configuration_notes(settings, os.environ)
     if as_json:
         return _write_out(json.dumps({"version": __version__, "settings": described, "notes": notes}, indent=2) + "\n")
     rows = [("option", "value", "source")]
@@ -9660,21 +9800,20 @@ def _check_directory(where: str, path: str) -> None:
         raise ConfigError(f"{where}: {directory!r} may not be written; change its permissions, or choose another path")
 
 
-def _notes(settings: Settings) -> list[str]:
-    """Returns: what is allowed, and still worth a look."""
-    notes = [f"{name} is no option, and is ignored" for name in ignored_variables(os.environ)]
-    notes += certificate_notes(settings)
-    if settings.upstream.scheme == "unix" and not os.path.exists(settings.upstream.path):
-        notes.append(f"upstream socket {settings.upstream.path!r} does not exist now; requests get 502 until it does")
-    return notes
-
-
 # --- proxy/__main__.py, line 1 ---
 
 """Run the proxy: ``python -m proxy``."""
 
 
-# --- proxy/__main__.py, line 7 ---
+# --- proxy/__main__.py, line 5 ---
+
+if not sys.version_info >= (3, 11):
+    # Before the other imports, which are errors of syntax to an older one.
+    sys.stderr.write("proxy: error: Python 3.11 or newer is needed, and this is " + sys.version.split()[0] + "\n")
+    sys.exit(2)
+
+
+# --- proxy/__main__.py, line 12 ---
 
 if __name__ == "__main__":
     require_dependencies()

@@ -168,7 +168,7 @@ _ALL_PHASES = tuple(Phase)
 _Row = tuple[Side, tuple[Phase, ...], tuple[Cause, ...], int | None, str | None]
 
 # One row for each way to end: sides, phases and causes that can occur, the status of the answer where one can still
-# be given, and the type of RFC 9209 §2.3, whose recommended status it is wherever CONTRACT version 1 knows that
+# be given, and the type of RFC 9209 §2.3, whose recommended status it is wherever the proxy answers with that
 # status.
 _ROWS: tuple[_Row, ...] = (
     # The client is gone or cannot be talked to: nobody is left to answer.

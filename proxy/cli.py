@@ -15,10 +15,11 @@ import textwrap
 import typing
 
 from . import __version__
-from .config import OPTIONS, ConfigError, Settings, UnixAddress, ignored_variables, load_settings
+from .config import OPTIONS, ConfigError, Settings, UnixAddress, load_settings
 from .demo import end_in_order_on_signals, run_demo, show
 from .dependencies import DEPENDENCIES, open_standard_files, print_line
-from .tls import certificate_notes, read_contexts
+from .notes import configuration_notes
+from .tls import read_contexts
 from .workers import check_listen, check_log_file, serve
 
 COMMANDS = {
@@ -114,7 +115,8 @@ def help_text(width: int) -> str:
         "An option may be written --name VALUE or --name=VALUE, once. It can also be set by an environment variable"
         " (PROXY_ and its name in capitals, PROXY_CLIENT_WRITE_TIMEOUT) and in the TOML file of --config"
         " (client_write_timeout = 10). A flag beats the environment, which beats the file.",
-        "S is seconds, fractions allowed, or with a unit: 500ms, 10s, 5m, 1h; 0 or none switches a limit off."
+        "S is seconds, fractions allowed, or with a unit: 500ms, 10s, 5m, 1h; 0 or none switches a limit off (of"
+        " --drain-timeout, 0 ends all at once)."
         " BYTES is a number, or with a unit: 64k, 64KiB, 1MiB, 2GiB, all powers of 1024.",
     )
     for note in notes:
@@ -158,7 +160,7 @@ def _check(options: list[str], *, as_json: bool) -> int:
     read_contexts(settings)
     _check_places(settings)
     described = settings.describe()
-    notes = _notes(settings)
+    notes = configuration_notes(settings, os.environ)
     if as_json:
         return _write_out(json.dumps({"version": __version__, "settings": described, "notes": notes}, indent=2) + "\n")
     rows = [("option", "value", "source")]
@@ -197,12 +199,3 @@ def _check_directory(where: str, path: str) -> None:
         raise ConfigError(f"{where}: {directory!r} is no directory; make it, or choose another path")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(f"{where}: {directory!r} may not be written; change its permissions, or choose another path")
-
-
-def _notes(settings: Settings) -> list[str]:
-    """Returns: what is allowed, and still worth a look."""
-    notes = [f"{name} is no option, and is ignored" for name in ignored_variables(os.environ)]
-    notes += certificate_notes(settings)
-    if settings.upstream.scheme == "unix" and not os.path.exists(settings.upstream.path):
-        notes.append(f"upstream socket {settings.upstream.path!r} does not exist now; requests get 502 until it does")
-    return notes

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import sys
+import sysconfig
 
 # Module, then the name of its package for apt and for pip.
 DEPENDENCIES = (
@@ -23,15 +24,25 @@ def missing_dependencies() -> list[str]:
 
 
 def mending_commands(missing: list[str]) -> str:
-    """Returns: lines for a person that say what is missing for which Python, and the commands that mend it."""
+    """Returns: lines for a person that say what is missing for which Python, and the commands that mend it for that
+    one.
+    """
     apt = " ".join(apt for module, apt, _ in DEPENDENCIES if module in missing)
     pip = " ".join(pip for module, _, pip in DEPENDENCIES if module in missing)
-    return (
-        f"proxy: error: {sys.executable} has no {', '.join(missing)}; one of these mends it:\n"
-        f"  apt install {apt}\n"
-        f"  {sys.executable} -m pip install {pip}\n"
-        "  uv run proxy.py\n"
-    )
+    python = sys.executable
+    commands = ["uv run proxy.py"]
+    # PEP 668: pip refuses to install into a Python that belongs to the system.
+    if (
+        os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
+        and sys.prefix == sys.base_prefix
+    ):
+        commands.insert(0, f"{python} -m venv packages && packages/bin/pip install {pip}, then packages/bin/python")
+    else:
+        commands.insert(0, f"{python} -m pip install {pip}")
+    if sys.prefix == "/usr" and os.path.exists("/usr/bin/apt-get"):
+        commands.insert(0, f"apt install {apt}")
+    lines = [f"proxy: error: {python} has no {', '.join(missing)}; one of these mends it:"]
+    return "\n  ".join([*lines, *commands]) + "\n"
 
 
 def open_standard_files() -> None:

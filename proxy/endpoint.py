@@ -1,8 +1,8 @@
 """One connected socket of an exchange: its side, its name, how to read and write it, plain or under TLS.
 
-Both kinds are non-blocking and have the same four operations; ``BlockingIOError`` means: poll for ``read_event`` or
-``write_event`` and come again. What an ``OSError`` means for the request is decided by the caller, who knows the
-phase.
+Both kinds have the same operations: ``read``, ``read_into``, ``write``, ``flush``, ``end_write``, ``close``. With
+``NO_WAIT`` none of them waits; ``BlockingIOError`` means: poll for ``read_event`` or ``write_event`` and come again.
+What an ``OSError`` means for the request is decided by the caller, who knows the phase.
 """
 
 import collections.abc

@@ -3,8 +3,8 @@
     await the first byte -> read the head -> judge it -> lease an upstream connection
         -> exchange at once, or relay -> settle -> record -> next request, linger, or close
 
-Everything that goes wrong is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the one
-place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
+Whatever goes wrong with a request is an ``Abort`` and ends in ``Record.__exit__``, which calls ``_settle`` here: the
+one place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import select
 import socket
 import ssl
 import time
+import typing
 
 from .aborts import Abort, classify, malformed_request, socket_abort
 from .config import Settings, UnixAddress
@@ -59,7 +60,7 @@ from .kernel import (
     unsent_bytes,
 )
 from .limits import Bound, Limit, Watch
-from .log import EventLog
+from .log import LEVELS, EventLog
 from .record import ConnectionNotes, Outcome, Record, Tally, describe_exception, describe_limit
 from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit
 from .reply import error_response
@@ -89,6 +90,18 @@ _LINGER_BYTES = 1024 * 1024 * 1024
 _ANSWER_S = 1.0
 # A connection beyond --max-connections is told so, if it asks within this time.
 _OVERFLOW_HEAD_S = 2.0
+
+# What becomes of the client's connection when an exchange, or the wait for the next one, is over.
+Ending = typing.Literal[
+    "keep",  # another request may follow
+    "finish",  # all is said, on both sides: close
+    "linger",  # all is said, and the client may send more that nobody wants: read on until it has seen the end
+    "cut",  # as "linger", without close_notify, in the middle of a message: nobody is to take what it got for whole
+    "reset",  # in the middle of a message that ends with its connection, which a FIN would make whole
+    "idle",  # nothing was under way: close once the client has all of what was said before
+    "close",  # at once: the client has left, or nothing was said
+]
+_UNTIL_SETTLED: Ending = "close"
 
 
 @dataclasses.dataclass(slots=True)
@@ -194,8 +207,8 @@ class ClientConnection:
     """Serves one client connection until it ends. Used by one thread; ``record`` may be read by others."""
 
     __slots__ = (
-        "_close_mode",
         "_context",
+        "_ending",
         "_memory",
         "_notes",
         "_residue",
@@ -238,7 +251,7 @@ class ClientConnection:
         self.record: Record | None = None
         self.lease: AnyConnection | None = None
         self.served = 0
-        self._close_mode = "close"
+        self._ending: Ending = "close"
 
     # -- the connection ----------------------------------------------------------------------------
 
@@ -255,12 +268,6 @@ class ClientConnection:
             # Breaks the circle connection, waiter, relay: without it, buffers and TLS state wait for the collector,
             # which counts neither and comes late.
             self.waiter.forget_phases()
-
-    def kill(self, cause_flag: bool = True) -> None:
-        """End the request in flight from another thread: its next wait raises."""
-        self.waiter.killed = cause_flag
-        # The thread may be waiting for long: an end of its input wakes it. TLS state is left alone.
-        socket.socket.shutdown(self.client.sock, socket.SHUT_RD)
 
     def _shake_hands(self) -> bool:
         """TLS handshake under client_head_timeout, from its first byte.
@@ -284,14 +291,15 @@ class ClientConnection:
                 self._closed("no request")
                 return False
             if first[0] != 0x16:
-                self._answer_plain_http()
-                raise Abort(
+                plain = Abort(
                     Side.CLIENT,
                     Phase.TLS_HANDSHAKE,
                     Operation.HANDSHAKE,
                     Cause.PROTOCOL,
                     detail=f"plain text on a TLS port, beginning with {first!r}",
                 )
+                self._answer_plain_http(plain)
+                raise plain
             self.waiter.phase_of = lambda side, operation: Phase.TLS_HANDSHAKE
             self._watch_head(began_at, Operation.HANDSHAKE)
             while not client.handshake():
@@ -312,17 +320,13 @@ class ClientConnection:
             self.waiter.watches.clear()
         return True
 
-    def _answer_plain_http(self) -> None:
+    def _answer_plain_http(self, abort: Abort) -> None:
         """Say in plain HTTP that TLS is spoken here: the client would see no more than garbage otherwise."""
-        text = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
-        body = f'{{"message": "{text}"}}\n'
-        head = (
-            "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self._close_mode = "linger"
+        message = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
+        octets = error_response(abort, 400, message, self.settings.proxy_name, None, head_only=False)
+        self._ending = "linger"
         try:
-            self.client.sock.send((head + body).encode("ascii"))
+            self.client.sock.send(octets)
         except OSError:
             return  # the client has left, and what it sent is on record all the same
 
@@ -334,7 +338,7 @@ class ClientConnection:
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
 
     def _closed(self, why: str) -> None:
-        if self.worker.log.threshold <= 10:
+        if self.worker.log.threshold <= LEVELS["debug"]:
             self.worker.log.event(
                 "debug",
                 "connection.close",
@@ -357,7 +361,7 @@ class ClientConnection:
         self.record = record = Record(
             worker.log, worker.tally, self._settle, worker.next_id(), self._notes, time.monotonic()
         )
-        self._close_mode = "close"
+        self._ending = _UNTIL_SETTLED
         with record:
             head = self._read_head(octets, record)
             prepared = prepare_request(head, self._context)
@@ -376,7 +380,7 @@ class ClientConnection:
             record.forget()
         self.record = None
         self.waiter.watches.clear()
-        return self._close_mode == "keep"
+        return self._ending == "keep"
 
     def _await_first_byte(self) -> bytes:
         """Wait for the next request. Returns: its first octets; b"" if there will be none."""
@@ -400,7 +404,7 @@ class ClientConnection:
                 at_most = self._idle_at_most()
                 if not self.waiter.idle(None if at_most is None else begun_at + at_most):
                     self._closed("shutdown" if self.worker.control.draining else "idle")
-                    self._close_mode = "settle"
+                    self._ending = "idle"
                     return b""
             try:
                 more = self.waiter.read_soon(client, _HEAD_READ) if soon else client.read(_HEAD_READ, NO_WAIT)
@@ -413,7 +417,7 @@ class ClientConnection:
                 return b""
             if not more:
                 self._closed("closed by the client")
-                self._close_mode = "settle"
+                self._ending = "idle"
                 return b""
             octets += more
 
@@ -591,7 +595,7 @@ class ClientConnection:
             record.upstream = upstream.name
             record.connected_at = time.monotonic()
             begun = self._exchange_at_once(record, head, prepared, request_id, octets, body, connection)
-            if begun is None:
+            if record.outcome is not None:  # all of it is done
                 pool.release(connection)
                 self.lease = None
                 return
@@ -612,7 +616,8 @@ class ClientConnection:
         in one read, and has a length or no content. Most are like that, and it takes half of the instructions
         (docs/performance.md).
 
-        Returns: None if it was so; else what has happened so far, and a relay has to go on from there. Raises nothing.
+        Returns: None if it was so, and the record has its outcome; else what has happened so far, and a relay has to
+        go on from there. Raises nothing.
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
@@ -670,8 +675,8 @@ class ClientConnection:
             pass  # the relay waits for it, or finds the same
         except OSError as failure:
             error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
-        except Exception as bug:  # noqa: BLE001  # raised by the relay, which can say how far it had come
-            error = bug
+        except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
+            error = other
         return Begun(written, sent_at, answer, first_byte_at, response_head, octets, length, taken, error)
 
     def _relay(
@@ -906,12 +911,12 @@ class ClientConnection:
     def _settle(self, record: Record, abort: Abort | None) -> Abort | None:
         """End an exchange: await delivery, or read the evidence, tell upstream, and tell the client.
 
-        Returns: the abort, if there is one by now. Sets ``_close_mode``.
+        Returns: the abort, if there is one by now. Sets ``_ending``.
         """
         relay = record.relay
         if abort is None:
             if record.outcome is not None:
-                self._close_mode = "keep" if record.outcome.keep_alive else "finish"
+                self._ending = "keep" if record.outcome.keep_alive else "finish"
                 return None
             assert relay is not None
             try:
@@ -921,7 +926,7 @@ class ClientConnection:
             except Abort as late:
                 abort = late
             else:
-                self._close_mode = self._mode_after(relay)
+                self._ending = self._ending_after(relay)
                 return None
         if relay is None:
             self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
@@ -952,7 +957,7 @@ class ClientConnection:
         self._tell_client(record, abort)
         return abort
 
-    def _mode_after(self, relay: Relay) -> str:
+    def _ending_after(self, relay: Relay) -> Ending:
         if relay.tunnel or not relay.request.framing.complete:
             return "linger"
         return "finish" if relay.close_client else "keep"
@@ -999,24 +1004,24 @@ class ClientConnection:
         """Answer the client if nothing of a response has gone out, else cut the response: it can't look whole then."""
         relay = record.relay
         gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
-        self._close_mode = "close"
+        self._ending = "close"
         if gone or record.outcome is not None:
             return
         if relay is None and record.client_written:
-            self._close_mode = "cut"
+            self._ending = "cut"
             return
         if relay is None or not (relay.head_out or relay.mid_head):
             if self.client.mid_write:
                 # A part of the response is out, though no octet of it counts as written: only an end can follow.
-                self._close_mode = "cut"
+                self._ending = "cut"
             elif abort.status is not None:
                 if relay is not None:
                     relay.unguard()
                 self._answer(record, abort, abort.status)
-                self._close_mode = "linger"
+                self._ending = "linger"
             return
         if relay.tunnel:
-            self._close_mode = "reset"
+            self._ending = "reset"
             return
         response = relay.response
         framed_by_end = (response.framing.ends_with_connection and not response.enchunk) or response.dechunk
@@ -1027,7 +1032,7 @@ class ClientConnection:
                 record.answered_bytes += self._write_out(line)
             else:
                 record.answered_bytes += self._write_out(b"%x\r\n%b\r\n" % (len(line), line))
-        self._close_mode = "reset" if framed_by_end else "cut"
+        self._ending = "reset" if framed_by_end else "cut"
 
     def _answer(self, record: Record, abort: Abort, status: int) -> None:
         message = record.sentence(abort) + f" (request id {record.request_id})"
@@ -1064,26 +1069,26 @@ class ClientConnection:
 
     def _end(self) -> None:
         """End the connection as the last exchange left it."""
-        mode = self._close_mode
-        if mode == "reset":
+        ending = self._ending
+        if ending == "reset":
             self._await_empty(time.monotonic() + _ANSWER_S)
             if self.client.sock.family != socket.AF_UNIX:
                 reset_on_close(self.client.sock)
             return
-        if mode == "close":
+        if ending == "close":
             return
         client = self.client
         try:
-            if mode != "cut" and not client.can_splice and not client.mid_write:
+            if ending != "cut" and not client.can_splice and not client.mid_write:
                 client.end_write()  # close_notify, which a cut response must not have, and half a record can't
                 self._flush_for(time.monotonic() + _ANSWER_S)
-            may_send_more = mode in ("linger", "cut") or bool(self._residue)
+            may_send_more = ending in ("linger", "cut") or bool(self._residue)
             if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):
                 return  # the usual end: nothing is left to read or to send, and closing says so
             client.sock.shutdown(socket.SHUT_WR)
         except OSError:
             return  # the client has closed already
-        if mode != "settle":
+        if ending != "idle":
             self._linger()
         self._await_empty(None)
 

@@ -31,7 +31,7 @@ _TRACING = frozenset((b"OPTIONS", b"TRACE"))
 _FRAMES_A_BODY = frozenset((b"content-length", b"transfer-encoding", b"trailer"))
 
 
-# These three are made for each connection. A frozen dataclass takes three times as long to make as a named tuple.
+# These three are made often. A frozen dataclass takes three times as long to make as a named tuple.
 
 
 class ForwardingContext(typing.NamedTuple):

@@ -139,8 +139,8 @@ class SectionMemory:
 
 @dataclasses.dataclass(slots=True)
 class RequestHead:
-    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1. Never changed, as
-    requests share it.
+    """A request head that is well formed and has one meaning. ``minor`` is the version's: 0 or 1. Requests share
+    it: what is worked out from it later is kept with it, and the rest never changes.
     """
 
     method: bytes

@@ -30,8 +30,9 @@ _CONNECTION_TEXT_AT = 226
 _HEAD_TEXT_AT = 400
 _ROOM = 1024
 _MOST_METHOD = 128
-# Requests on connections beyond these are counted where a worker dies, and not described.
-_MOST_SLOTS = 4096 + 128
+# Memory that all slots of all workers may take, if each was used. Requests on connections beyond it are counted where a
+# worker dies, and not described.
+_MOST_MEMORY = 256 * 1024 * 1024
 _PHASES = tuple(Phase)
 _NUMBERS = {phase: number for number, phase in enumerate(_PHASES)}
 _HEAD_PHASE = _NUMBERS[Phase.REQUEST_HEAD]
@@ -200,14 +201,20 @@ class SlotStore:
 
     def __init__(self, memory: mmap.mmap, first: int, count: int) -> None:
         """Take the slots ``first`` to ``first + count`` of ``memory``."""
-        self._free = [Slot(memory, (first + number) * _ROOM, is_shared=True) for number in range(count)]
+        self._memory = memory
+        self._fresh = iter(range(first, first + count))  # made into slots when first wanted
+        self._free: list[Slot] = []
 
     def take(self, connection_id: str, client: str) -> Slot:
         """Returns: a slot for a connection; where none is free, one that nobody else ever sees."""
         try:
             slot = self._free.pop()
         except IndexError:
-            slot = Slot(bytearray(_ROOM), 0, is_shared=False)
+            number = next(self._fresh, None)
+            if number is None:
+                slot = Slot(bytearray(_ROOM), 0, is_shared=False)
+            else:
+                slot = Slot(self._memory, number * _ROOM, is_shared=True)
         slot.hold(connection_id, client)
         return slot
 
@@ -222,7 +229,7 @@ class InFlightTable:
 
     def __init__(self, workers: int, most_connections: int) -> None:
         """``most_connections`` is what one worker may hold at once."""
-        self._each = min(most_connections, _MOST_SLOTS)
+        self._each = min(most_connections, _MOST_MEMORY // _ROOM // workers)
         self._memory = mmap.mmap(-1, workers * self._each * _ROOM)  # a page takes memory when first written to
 
     def slots(self, worker: int) -> SlotStore:

@@ -98,7 +98,7 @@ class TcpInfo:
         return self.probes > 0 or (self.unacked > 0 and self.last_data_sent_s < self.heard_s)
 
     def verdict(self, alive: bool = False) -> str:
-        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (CONTRACT.md).
+        """Judge the peer by one look: ``idle``, ``moving``, ``paused``, ``slow_network`` or ``dead`` (docs/records.md).
 
         ``alive``: it has just spoken. The numbers may not show that: a reset answers no probe.
         """
@@ -414,6 +414,12 @@ def raise_file_limit() -> tuple[int, int]:
         # Some systems call the hard limit infinite and do not grant that much: what we have has to do.
         return soft, soft
     return soft, hard
+
+
+def most_open_files() -> int | None:
+    """Returns: how many files a worker may open once it has raised its limit; None where there is no limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if hard == resource.RLIM_INFINITY else hard
 
 
 def run_as_batch() -> bool:

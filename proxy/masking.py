@@ -13,8 +13,9 @@ _USER_INFORMATION = re.compile(
 # a value has fields of its own, percent-encoded or not.
 _FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
 _SECRET_NAMES = frozenset(
-    b"access_token api-key api_key apikey auth authorization client_secret credential credentials key pass passwd"
-    b" password pwd secret session sig signature token x-amz-credential x-amz-security-token x-amz-signature".split()
+    b"access_token api-key api_key apikey auth authorization client_secret credential credentials id_token jwt key pass"
+    b" passwd password pwd refresh_token secret secret_key session sig signature token x-amz-credential"
+    b" x-amz-security-token x-amz-signature x-goog-credential x-goog-signature".split()
 )
 
 

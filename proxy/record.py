@@ -40,6 +40,8 @@ _BYTE_COUNTS = (
 _quote = json.encoder.encode_basestring_ascii
 # A longer target goes the general way, where what is too long for a line is cut.
 _LONG_TARGET = 4096
+# Of method and target in a message, in characters.
+_MOST_WORDS = 300
 
 
 class Tally:
@@ -425,9 +427,8 @@ class Record:
             fields["message"] = self.sentence(abort)
         elif response_head is not None:
             content = self.bytes()["response_body"]
-            what = f"{method} {target}"[:300]
             client = self.about.client
-            answered = f"{what} answered {self.status()} in {now - first_at:.6f} s"
+            answered = f"{_request_words(method, target)} answered {self.status()} in {now - first_at:.6f} s"
             fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
@@ -527,9 +528,7 @@ class Record:
     def sentence(self, abort: Abort) -> str:
         """Returns: one plain sentence a person can act on: side, cause, limit with value and source, bytes."""
         method, target = self.method_and_target()
-        what = f"{method} {target}" if method is not None else "a request"
-        if len(what) > 300:
-            what = what[:300] + "..."
+        what = _request_words(method, target)
         if self.told_at is None:
             self.told_at = time.monotonic()
         duration_s = self.told_at - self.first_at
@@ -596,9 +595,8 @@ class Record:
             return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"
         if abort.phase is Phase.REQUEST_BODY:
             length = self.head.section.content_length if self.head is not None else None
-            of = f" of {length:,}" if length is not None else ""
             unread = _unacknowledged(self.upstream_evidence)
-            sent = f"{counts['request_body']:,}{of} bytes of the request body had gone to {upstream}{unread}"
+            sent = f"{counts['request_body']:,}{_of(length)} bytes of the request body had gone to {upstream}{unread}"
             return f"{sent} from {client}"
         if not relay.head_out:
             waiting = "the request was sent" if relay.request.finished else "the request was being sent"
@@ -612,9 +610,8 @@ class Record:
             state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
         length = relay.response_head.section.content_length if relay.response_head is not None else None
-        of = f" of {length:,}" if length is not None else ""
         unread = _unacknowledged(self.client_evidence)
-        return f"{counts['response_body']:,}{of} bytes of the response had gone to {client}{unread}{doing}"
+        return f"{counts['response_body']:,}{_of(length)} bytes of the response had gone to {client}{unread}{doing}"
 
 
 def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[str, object]:
@@ -625,13 +622,15 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
     abort = Abort(Side.PROXY, request.phase, None, cause)
     method = printable(request.method) if request.method is not None else None
     target = printable(request.target) if request.target is not None else None
-    what = f"{method} {target}"[:300] if method is not None else "a request"
+    what = _request_words(method, target)
     duration_s = time.monotonic() - request.first_at
     counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
+    there = f"{counts['request_body']:,}" + _of(request.expected_request)
+    back = f"{counts['response_body']:,}" + _of(request.expected_response)
     message = (
         f"the proxy's worker process {pid} ended {how}, which ended {what} after {duration_s:.1f} s:"
-        f" {counts['request_body']:,} bytes of its content had gone from client {request.client}"
-        f" to upstream {request.upstream or '(none yet)'}, {counts['response_body']:,} bytes of the response's back"
+        f" {there} bytes of the request body had gone from client {request.client}"
+        f" to upstream {request.upstream or '(none yet)'}, {back} bytes of the response back"
     )
     return {
         "message": message,
@@ -668,11 +667,26 @@ def _say_alike(head: RequestHead) -> tuple[str, str, str] | None:
     if len(head.method) + len(head.target) > _LONG_TARGET:
         return None
     method = head.method.decode("ascii")  # a token: nothing in it needs escaping
-    target = _quote(mask_secrets(head.target).decode("ascii"))
+    target = mask_secrets(head.target).decode("ascii")
+    quoted = _quote(target)
     length = head.section.content_length
     expected = "null" if length is None else str(length)
-    head.logged = logged = (f"{method} {target[1:-1]}", f'"method":"{method}","target":{target}', expected)
+    words = _quote(_request_words(method, target))[1:-1]
+    head.logged = logged = (words, f'"method":"{method}","target":{quoted}', expected)
     return logged
+
+
+def _request_words(method: str | None, target: str | None) -> str:
+    """Returns: the request as a message names it, a long target cut and marked; the field ``target`` has all of it."""
+    if method is None:
+        return "a request"
+    words = f"{method} {target}"
+    return words if len(words) <= _MOST_WORDS else words[:_MOST_WORDS] + "..."
+
+
+def _of(length: int | None) -> str:
+    """Returns: what follows a count of content whose announced length is known."""
+    return f" of {length:,}" if length is not None else ""
 
 
 def _unacknowledged(evidence: dict[str, object] | None) -> str:

@@ -34,11 +34,12 @@ def structured_string(text: str) -> str:
 
 
 def error_response(
-    abort: Abort, status: int, message: str, proxy_name: str, request_id: str, *, head_only: bool
+    abort: Abort, status: int, message: str, proxy_name: str, request_id: str | None, *, head_only: bool
 ) -> bytes:
     """Make a whole response that tells the client why its request failed, and closes the connection.
 
-    ``head_only`` leaves the body off, for HEAD. Returns: octets to write.
+    ``request_id`` is None where no request had begun. ``head_only`` leaves the body off, for HEAD.
+    Returns: octets to write.
     """
     body = json.dumps({"message": message}).encode("ascii") + b"\n"
     # A proxy name starts with a letter where it is an sf-token; RFC 9209 takes a string as well.
@@ -56,9 +57,10 @@ def error_response(
         "Cache-Control: no-store",
         f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
         f"Proxy-Status: {proxy_status}",
-        f"X-Request-Id: {request_id}",
         "Connection: close",
     ]
+    if request_id is not None:
+        lines.insert(-1, f"X-Request-Id: {request_id}")
     if status == 405:
         lines.append("Allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT")
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")

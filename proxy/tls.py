@@ -1,5 +1,5 @@
 """TLS contexts for both sides. Which protocol versions, certificates and names are accepted is decided here;
-handshakes run in ``exchange``.
+handshakes run in ``exchange``, those of upstream in ``upstream``.
 """
 
 import os
@@ -35,7 +35,7 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
 
 class UpstreamContext(ssl.SSLContext):
     """The context that urllib3 is given: it makes a ``TlsEndpoint`` in place of an ``SSLSocket`` and leaves the
-    handshake to the relay, whose limits and whose watch over the client cover it. Chain and host name are checked by
+    handshake to ``upstream``, whose limits and whose watch over the client cover it. Chain and host name are checked by
     the handshake itself.
     """
 
@@ -94,12 +94,16 @@ def certificate_notes(settings: Settings) -> list[str]:
     ):
         if cert is None:
             continue
-        problem = _time_problem(cert, key)
+        path = key or cert
+        try:
+            problem = _time_problem(cert, key)
+            mode = os.stat(path).st_mode
+        except OSError:
+            continue  # it was read a moment ago, and whoever renews it is at work
         if problem is not None:
             notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
-        path = key or cert
-        if os.stat(path).st_mode & 0o044:
-            notes.append(f"the key in {path!r} can be read by other users; chmod 600 mends it")
+        if mode & 0o004:
+            notes.append(f"the key in {path!r} can be read by every user; chmod o-r mends it")
     return notes
 
 

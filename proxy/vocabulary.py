@@ -1,6 +1,6 @@
 """The words of the log: who ended a request, in which phase, doing what, and why.
 
-The values are the strings that appear in records, in the words of CONTRACT version 1; nothing is translated on the way.
+The values are the strings that appear in records, in the words of docs/records.md; nothing is translated on the way.
 This module decides names only; which combinations mean which status is decided in ``aborts``.
 """
 

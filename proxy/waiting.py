@@ -1,8 +1,9 @@
-"""The one place where a thread waits: ``poll`` on the client, on upstream and on the worker's own wish to end, under
-all limits that run.
+"""Where the thread of an exchange waits: ``poll`` on the client, on upstream and on the worker's own wish to end, under
+all limits that run. (Besides, it waits for moments: for a last answer to go out, and, once all is said, for the client
+to take it; ``exchange`` has bounds of its own for those.)
 
 Decides nothing about what readiness means. Raises an ``Abort`` when a limit runs out, a peer's kernel has fallen
-silent, or the worker ends; so no wait in the proxy is without its limits.
+silent, or the worker ends; so no wait for a request or a response is without its limits.
 """
 
 import collections.abc
@@ -67,7 +68,6 @@ class Waiter:
         "control",
         "dead_limit",
         "drain_seen",
-        "killed",
         "next_pulse_at",
         "phase_of",
         "pulse_every_s",
@@ -85,7 +85,6 @@ class Waiter:
         self.upstream: AnyEndpoint | None = None
         self.control = control
         self.dead_limit = dead_limit
-        self.killed = False
         self.drain_seen = False
         self.watches: list[TimedWatch] = []
         self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _no_phase
@@ -137,7 +136,7 @@ class Waiter:
             for fd, _ in ready:
                 if fd == self.client.fd:
                     return True
-            if not ready or self.control.draining or self.killed:
+            if not ready or self.control.draining:
                 return False
 
     def read_soon(self, endpoint: AnyEndpoint, size: int) -> bytes:
@@ -147,7 +146,7 @@ class Waiter:
         worth; meanwhile nothing else is watched, and no limit may run out.
         Raises: BlockingIOError if nothing came in the endpoint's ``patience_s``: wait, then; OSError; Abort.
         """
-        if not endpoint.patience_s or self.drain_seen or self.killed:
+        if not endpoint.patience_s or self.drain_seen:
             return endpoint.read(size, NO_WAIT)
         if self.watches:
             now = time.monotonic()
@@ -205,8 +204,6 @@ class Waiter:
                 self._see_control()
         if self.watches and not client_ready and not upstream_ready:
             self._check_watches(now)
-        if self.killed:
-            raise Abort(Side.PROXY, self.phase_of(Side.PROXY, Operation.READ), None, Cause.KILLED)
         return client_ready, upstream_ready, now
 
     def _change_upstream(self, fd: int, events: int) -> None:

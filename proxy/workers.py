@@ -23,9 +23,10 @@ from .exchange import Worker, make_worker
 from .inflight import InFlightTable
 from .kernel import pin_to_core, prepare_listener, raise_file_limit, run_as_batch
 from .log import EventLog
+from .notes import configuration_notes
 from .record import ABORT, CONNECTIONS, LOST_LINES, Tally, describe_exception, left_in_flight
 from .server import MAX_OVERFLOW, ProxyServer
-from .tls import Contexts, read_contexts
+from .tls import Contexts, certificate_notes, read_contexts
 from .upstream import upstream_pool
 from .vocabulary import Cause
 from .waiting import Control
@@ -224,7 +225,8 @@ class WorkerProcess:
 
     def run(self, report_to: int | None) -> None:
         """Serve until told to stop and all is done. ``report_to`` is told once, when connections are accepted."""
-        pin_to_core(self.index)
+        # Beginning at a core of its own: small proxies side by side are not to share the first one.
+        pin_to_core(self.index + os.getppid())
         run_as_batch()
         # What exists now lives as long as the process; the collector need not look at it again.
         gc.collect()
@@ -366,7 +368,8 @@ class Supervisor:
     end.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
+    _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    _SIGNALS = (*_STOP, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD)
 
     def __init__(
         self, settings: Settings, log: EventLog, listeners: list[socket.socket], where: str, contexts: Contexts
@@ -419,6 +422,7 @@ class Supervisor:
             workers=sorted(self.pids),
             settings=self.settings.describe(),
         )
+        self._note(configuration_notes(self.settings, os.environ))
         notify_systemd("READY=1")
         poller = select.poll()
         poller.register(wake_read, select.POLLIN)
@@ -442,6 +446,11 @@ class Supervisor:
                     del self.restart_at[index]
                     self._start_again(index)
         return self._report(began_at)
+
+    def _note(self, notes: list[str]) -> None:
+        """Log what is worth a look in the configuration."""
+        for note in notes:
+            self.log.event("warning", "server.note", message=note, pid=os.getpid())
 
     def _start_all(self) -> None:
         """Start every worker, and wait until all of them serve.
@@ -542,7 +551,7 @@ class Supervisor:
         self.started_at[index] = time.monotonic()
 
     def _handle(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
+        if number in self._STOP:
             if self.stopping:
                 self.ending = True
             else:
@@ -564,6 +573,7 @@ class Supervisor:
             # Bad files leave the old contexts in use, here as in the workers, each of which logs what is wrong.
             with contextlib.suppress(ConfigError):
                 self.contexts = read_contexts(self.settings)
+                self._note(certificate_notes(self.settings))
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
             self.log.reopen()
@@ -592,6 +602,8 @@ class Supervisor:
                 if os.WIFSIGNALED(status)
                 else f"with status {os.WEXITSTATUS(status)}"
             )
+            if self.killed and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                how += " from the process above it, as its time in the drain was over"
             left = self._write_records(index, pid, how)
             if status or not self.stopping:
                 self._mourn(index, pid, status, how, left)

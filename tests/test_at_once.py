@@ -949,6 +949,22 @@ def test_what_a_stale_connection_lost_is_sent_again_where_that_does_no_harm(
                 assert len(upstream.wires) == before + 1
 
 
+@pytest.mark.parametrize("ways", [AT_ONCE, RELAY])
+def test_a_long_target_is_cut_alike_and_marked_in_the_message(ways: str) -> None:
+    target = b'/a"b?' + b"x" * 1000
+    fields = b"" if ways == AT_ONCE else b"Expect: 100-continue\r\n"
+    with Upstream(peers.answer_all(ok(b"1"))) as upstream, ProxyProcess(upstream.url) as proxy:
+        with connect(proxy.address) as wire:
+            for _ in range(2):
+                wire.send(b"POST " + target + b" HTTP/1.1\r\nHost: t\r\nContent-Length: 1\r\n" + fields + b"\r\n1")
+                assert wire.read_response().status == 200
+        for record in proxy.wait_requests(2):
+            check_record(record)
+            assert record["target"] == target.decode()
+            words = record["message"].partition(" answered ")[0]
+            assert words == f"POST {target.decode()}"[:300] + "..."
+
+
 def test_twice_stale_is_upstreams_doing() -> None:
     """The second connection was a fresh one: that it ends, too, is no accident."""
 

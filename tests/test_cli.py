@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import sysconfig
 import time
 import typing
 
@@ -219,11 +220,28 @@ def test_missing_packages_are_named_with_the_commands_that_mend_it(program: Prog
     first, *mends = done.stderr.splitlines()
     assert first.startswith("proxy: error: ")
     assert first.endswith(" has no urllib3, certifi, pythonjsonlogger; one of these mends it:")
-    assert [mend.strip() for mend in mends] == [
+    # Debian's package goes to Debian's Python alone, and that one lets pip install nothing.
+    apt, pip = (
         "apt install python3-urllib3 python3-certifi python3-pythonjsonlogger",
-        f"{sys.executable} -m pip install urllib3 certifi python-json-logger",
+        "urllib3 certifi python-json-logger",
+    )
+    venv = f"{sys.executable} -m venv packages && packages/bin/pip install {pip}, then packages/bin/python"
+    of_the_system = sys.base_prefix == "/usr" and os.path.exists("/usr/bin/apt-get")
+    managed = os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
+    assert [mend.strip() for mend in mends] == [
+        *([apt] if of_the_system else []),
+        venv if managed else f"{sys.executable} -m pip install {pip}",
         "uv run proxy.py",
     ]
+
+
+def test_an_older_python_is_told_so_before_anything_it_can_not_read(program: Program) -> None:
+    run = "run_module('proxy'" if program.form == "package" else f"run_path({str(program.file)!r}"
+    old = "sys.version_info = (3, 10, 13); sys.version = '3.10.13 (main)'"
+    program.command = ["-c", f"import runpy, sys; {old}; runpy.{run}, run_name='__main__')"]
+    done = program.run("--version")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "proxy: error: Python 3.11 or newer is needed, and this is 3.10.13\n"
 
 
 def test_what_is_there_is_not_called_missing() -> None:
@@ -438,9 +456,11 @@ def test_check_looks_at_what_peers_will_refuse(program: Program, certificates: p
     assert [note.partition(":")[2] for note in notes("--upstream-cert", str(certificates / "new.pem"))] == [
         " certificate is not yet valid; peers that check it will refuse it"
     ]
-    key.chmod(0o640)
+    key.chmod(0o640)  # for the group of the service
+    assert notes("--tls-cert", cert, "--tls-key", str(key)) == []
+    key.chmod(0o644)
     assert notes("--tls-cert", cert, "--tls-key", str(key)) == [
-        f"the key in {str(key)!r} can be read by other users; chmod 600 mends it"
+        f"the key in {str(key)!r} can be read by every user; chmod o-r mends it"
     ]
 
 

@@ -21,6 +21,7 @@ import pytest
 from conftest import Certificates
 from harness import ROOT, LogRecord, ProxyProcess, check_record, wait_until
 from peers import Upstream, Wire, answer_all, answer_and_wait, chunk, connect, deaf, full_listener, ok, silent
+from proxy.inflight import InFlightTable
 
 _MEBIBYTE = b"x" * (1024 * 1024)
 _HEAD = b"GET /x?token=secret&y=1 HTTP/1.1\r\nHost: t\r\nX-Request-Id: mine\r\n\r\n"
@@ -44,6 +45,30 @@ def killed(proxy: ProxyProcess) -> LogRecord:
     ended = proxy.wait_for(lambda record: record["event"] == "worker.exit")
     assert (ended["pid"], ended["aborted_requests"], ended["lost_requests"]) == (worker, 1, 0)
     return record
+
+
+def test_each_connection_that_may_be_held_has_a_slot() -> None:
+    """Made when first wanted, given back, and none of them somebody else's."""
+    table = InFlightTable(2, 9000)
+    stores = [table.slots(index) for index in range(2)]
+    for store in stores:
+        slots = [store.take(f"{number:08x}", "127.0.0.1:1") for number in range(9001)]
+        assert [slot.is_shared for slot in slots] == [True] * 9000 + [False]
+        for number, slot in enumerate(slots):
+            slot.begin(0.0, number)
+            if number < 4000:
+                slot.end()
+                store.give(slot)
+        assert sum(store.take("again", "127.0.0.1:1").is_shared for _ in range(4001)) == 4000
+    for index in range(2):
+        assert sorted(request.client_read for request in table.left_by(index)) == list(range(4000, 9000))
+        assert table.left_by(index) == []
+
+
+def test_there_is_a_bound_to_what_all_slots_may_take() -> None:
+    store = InFlightTable(4, 1_000_000).slots(3)
+    taken = [store.take("id", "client") for _ in range(65_537)]
+    assert [slot.is_shared for slot in taken[-2:]] == [True, False]
 
 
 def test_in_the_middle_of_a_request_head() -> None:
@@ -138,6 +163,7 @@ def test_a_client_that_stopped_reading_has_not_got_what_waits_in_the_proxy() -> 
         record = killed(proxy)
         counts = record["bytes"]
         assert record["expected"]["response_body"] == len(_MEBIBYTE) * 16
+        assert f" {counts['response_body']:,} of 16,777,216 bytes of the response back" in record["message"]
         assert 0 < counts["response_body"] < len(_MEBIBYTE) * 16
         assert counts["client_written"] == counts["response_body"] + len(head)
 

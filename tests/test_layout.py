@@ -1,4 +1,4 @@
-"""The package keeps to its levels and can be put into one file: STYLE of the project, checked on the syntax tree."""
+"""The package keeps to its levels and can be put into one file: rules of the project, checked on the syntax tree."""
 
 import ast
 import pathlib
@@ -17,7 +17,7 @@ LEVELS = {
     1: {"head", "aborts", "config"},
     2: {"framing", "fields", "endpoint", "reply", "inflight"},
     3: {"docker", "tls", "waiting"},
-    4: {"upstream", "relay"},
+    4: {"notes", "upstream", "relay"},
     5: {"record"},
     6: {"exchange"},
     7: {"server"},

@@ -276,7 +276,7 @@ _AFTER = [
     ("exchange.ClientConnection._settle", "post"),
     ("exchange.ClientConnection._settle", "post in chunks"),
     ("exchange.ClientConnection._settle", "big"),
-    ("exchange.ClientConnection._mode_after", "chunked"),
+    ("exchange.ClientConnection._ending_after", "chunked"),
     ("exchange.ClientConnection._await_delivery", "big"),
 ]
 

@@ -1,7 +1,7 @@
 """What happens to a request: one row for each way it can go, with the whole record that must tell it.
 
 A row is what the client does, what upstream does, and the options; each runs over plain TCP, TLS towards the client,
-TLS towards upstream, and unix sockets. Fields on which CONTRACT.md is silent are left open in a row. Octet counts are
+TLS towards upstream, and unix sockets. Fields on which docs/records.md is silent are left open in a row. Octet counts are
 compared with what the peers saw.
 """
 
@@ -1360,6 +1360,21 @@ def test_a_health_check_of_a_tls_port_is_no_failure(certificates: Certificates) 
         record = proxy.wait_for(lambda record: record["event"] == "connection.close")
         assert (record["level"], record["requests"], record["why"]) == ("debug", 0, "reset")
         assert not [record for record in proxy.records() if record["event"] == "connection.abort"]
+
+
+def test_plain_http_on_a_tls_port_is_told_in_plain_http(certificates: Certificates) -> None:
+    """As any answer of the proxy's own, but for a request id: no request has begun."""
+    tls = ("--tls-cert", certificates.server, "--tls-key", certificates.server, "--proxy-name", "here")
+    with Upstream(unused) as upstream, harness.ProxyProcess(upstream.url, *tls) as proxy:
+        with peers.connect(proxy.address) as wire:
+            wire.get()
+            response = wire.read_response()
+            assert wire.await_end() == "fin"
+    assert (response.status, response.get("Content-Type")) == (400, b"application/json")
+    message = json.loads(response.body)["message"]
+    assert "this port speaks TLS" in message
+    assert response.get("Proxy-Status") == b'here; details="' + message.encode() + b'"'
+    assert response.get("X-Request-Id") is None
 
 
 def test_plain_http_on_a_tls_port_is_said_though_the_client_has_left(certificates: Certificates) -> None:

@@ -74,13 +74,15 @@ def only(proxy: ProxyProcess) -> LogRecord:
     return record
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_transfer_in_flight_is_completed(workers: str, gate: Gate, upstream: Upstream) -> None:
+@pytest.mark.parametrize(("workers", "number"), [("1", signal.SIGTERM), ("2", signal.SIGTERM), ("2", signal.SIGQUIT)])
+def test_a_transfer_in_flight_is_completed(
+    workers: str, number: signal.Signals, gate: Gate, upstream: Upstream
+) -> None:
     """SIGTERM: no new connections; what runs has its time."""
     with ProxyProcess(upstream.url, "--drain-timeout", "10", "--workers", workers) as proxy:
         with begin(proxy, "/slow") as wire:
             pids = proxy.pids()
-            proxy.send_signal(signal.SIGTERM)
+            proxy.send_signal(number)
             proxy.wait_for(lambda record: record["event"] == "server.drain")
 
             def refused() -> bool:
@@ -295,6 +297,13 @@ def test_too_few_descriptors_for_the_workers_is_one_clear_line(listen: str, tmp_
     assert not os.listdir(tmp_path)
 
 
+def test_small_proxies_side_by_side_do_not_all_begin_at_the_first_core(upstream: Upstream) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    with ProxyProcess(upstream.url, "--workers", "1") as proxy:
+        (worker,) = proxy.worker_pids()
+        assert os.sched_getaffinity(worker) == {cores[proxy.process.pid % len(cores)]}
+
+
 @pytest.mark.parametrize("descriptors", range(8, 22))
 def test_whoever_is_told_of_a_start_is_served(descriptors: int, upstream: Upstream) -> None:
     """At the edge of too few descriptors either the start fails, or it is announced and every worker lives."""
@@ -313,7 +322,8 @@ def test_whoever_is_told_of_a_start_is_served(descriptors: int, upstream: Upstre
     status = process.wait(10)
     if line.startswith("{"):
         assert [json.loads(each)["event"] for each in said.splitlines()] == [
-            *("server.start", "server.drain", "server.stop")
+            # The note says that so few do not suffice for all connections.
+            *("server.start", "server.note", "server.drain", "server.stop")
         ]
         assert status == 0
     elif line.startswith("proxy: error: "):

@@ -20,7 +20,7 @@ PLACES = {
         socket_evidence error_response ClientConnection._judge ClientConnection._exchange ClientConnection._read_head
         ClientConnection._connect ClientConnection._return_lease ClientConnection._settle ClientConnection._drop_lease
         ClientConnection._tell_client ClientConnection._answer ClientConnection._await_delivery
-        ClientConnection._mode_after ClientConnection._end ClientConnection._linger
+        ClientConnection._ending_after ClientConnection._end ClientConnection._linger
         ClientConnection._exchange_at_once ClientConnection._relay parse_response_head prepare_response
         serialize_response Outcome""",
     "upstream": """

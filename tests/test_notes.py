@@ -1,0 +1,146 @@
+"""What a configuration may say and is still worth a look: ``check`` prints it, ``serve`` logs it."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import trustme
+
+import harness
+from harness import ProxyProcess
+from peers import Upstream, silent
+
+PATIENCE_S = 20.0
+
+
+def notes(*options: str, prefix: tuple[str, ...] = ()) -> list[str]:
+    """Returns: what ``check`` notes, with so few connections that no machine has too few files for them."""
+    connections = () if "--max-connections" in options else ("--max-connections", "100")
+    command = [*prefix, sys.executable, "-m", "proxy", "check", "--json", *options, *connections]
+    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)["notes"]
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.fixture
+def daemon(tmp_path: pathlib.Path) -> str:
+    """The URL of a unix socket that somebody listens on."""
+    path = tmp_path / "daemon.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+    path.chmod(0o660)
+    return f"unix://{path}"
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:2375", "127.9.9.9:1", "[::1]:2375", "localhost:2375"])
+def test_a_daemon_on_loopback_is_nothing_to_note(listen: str, daemon: str) -> None:
+    assert notes("--listen", listen, "--upstream", daemon) == []
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:2375", "[::]:2375"])
+def test_a_daemon_for_everybody_is_noted_unless_certificates_are_asked_for(
+    listen: str, daemon: str, tmp_path: pathlib.Path
+) -> None:
+    (note,) = notes("--listen", listen, "--upstream", daemon)
+    assert note.startswith("whoever reaches ")
+    assert f"has all that {daemon} offers" in note
+    assert note.endswith("listen on 127.0.0.1 or a unix socket, or ask for certificates with tls_client_ca")
+    authority = trustme.CA()
+    ca, cert = tmp_path / "ca.pem", tmp_path / "cert.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(cert))
+    cert.chmod(0o600)
+    tls = ("--tls-cert", str(cert))
+    assert notes("--listen", listen, "--upstream", daemon, *tls) == [note]
+    assert notes("--listen", listen, "--upstream", daemon, *tls, "--tls-client-ca", str(ca)) == []
+    assert notes("--listen", listen, "--upstream", "http://127.0.0.1:80") == []
+
+
+def test_an_upstream_socket_that_can_not_be_used_now(tmp_path: pathlib.Path) -> None:
+    assert notes("--upstream", f"unix://{tmp_path}/none") == [
+        f"upstream socket '{tmp_path}/none' does not exist now; requests get 502 until it does"
+    ]
+    (tmp_path / "file").touch()
+    assert notes("--upstream", f"unix://{tmp_path}/file") == [
+        f"upstream socket '{tmp_path}/file' is no socket; requests get 502 until one is there"
+    ]
+    (tmp_path / "circle").symlink_to("circle")
+    (note,) = notes("--upstream", f"unix://{tmp_path}/circle")
+    assert "can't be looked at (Too many levels of symbolic links)" in note
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+def test_an_upstream_socket_of_others() -> None:
+    # Below a directory that the other user may enter, which pytest's own is not.
+    path = f"/tmp/abort-proxy-notes-{os.getpid()}.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        try:
+            os.chmod(path, 0o660)
+            code = (
+                "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+                "from proxy.config import load_settings\nfrom proxy.notes import configuration_notes\n"
+                "print(*configuration_notes(load_settings(['--upstream', sys.argv[1]], {}), {}))"
+            )
+            # Imported before the user changes: it may not be able to read the package.
+            code = "import proxy.config, proxy.notes\n" + code
+            done = subprocess.run(
+                [sys.executable, "-c", code, f"unix://{path}"],
+                cwd=harness.ROOT,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE_S,
+                check=True,
+            )
+        finally:
+            os.unlink(path)
+    assert (
+        done.stdout == f"upstream socket {path!r} may not be written by this user; requests get 502 while that is so\n"
+    )
+
+
+def test_fewer_files_than_connections_need() -> None:
+    upstream = ("--upstream", "http://127.0.0.1:80", "--workers", "2")
+    few = ("prlimit", "--nofile=2000:2000")
+    (note,) = notes(*upstream, "--max-connections", "4096", prefix=few)
+    assert note == (
+        "max_connections (4,096, set by flag) takes 4,160 open files in each worker, and 2,000 are allowed (ulimit"
+        " -Hn); beyond them requests get 503"
+    )
+    assert notes(*upstream, "--max-connections", "1800", prefix=few) == []
+
+
+@pytest.mark.parametrize("pair", ["client-read", "client-write", "upstream-write", "upstream-read"])
+def test_a_timeout_that_its_deadline_leaves_no_room(pair: str) -> None:
+    upstream = ("--upstream", "http://127.0.0.1:80")
+    (note,) = notes(*upstream, f"--{pair}-timeout", "20", f"--{pair}-deadline", "10")
+    name = pair.replace("-", "_")
+    assert note == (
+        f"{name}_timeout (20 s, set by flag) never ends anything, as {name}_deadline (10 s, set by flag) does so"
+        " before it"
+    )
+    assert notes(*upstream, f"--{pair}-timeout", "5", f"--{pair}-deadline", "10") == []
+
+
+def test_serve_logs_them_and_looks_at_certificates_again(tmp_path: pathlib.Path) -> None:
+    identity = trustme.CA().issue_cert("127.0.0.1")
+    cert = tmp_path / "cert.pem"
+    identity.private_key_and_cert_chain_pem.write_to_path(str(cert))
+    cert.chmod(0o600)
+    options = ("--tls-cert", str(cert), "--client-read-timeout", "9", "--client-read-deadline", "8")
+    with Upstream(silent) as upstream, ProxyProcess(upstream.url, *options) as proxy:
+        note = proxy.wait_for(lambda record: record["event"] == "server.note")
+        assert note["level"] == "warning"
+        assert "client_read_timeout (9 s, set by flag) never ends anything" in note["message"]
+        cert.chmod(0o644)
+        proxy.send_signal(signal.SIGHUP)
+        note = proxy.wait_for(lambda record: record["event"] == "server.note" and "key" in record["message"])
+        assert note["message"] == f"the key in {str(cert)!r} can be read by every user; chmod o-r mends it"
