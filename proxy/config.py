@@ -537,9 +537,8 @@ def _text_of(option: Option, value: object, source: str) -> str:
             typing.assert_never(option.kind)
     if not fits or isinstance(value, bool):
         kind = _TOML_TYPES.get(type(value), "a date or time")
-        raise ConfigError(
-            f"{option.name} {_quoted(value)} ({source}): is {kind}, and must be {wanted}; {_example(option)}"
-        )
+        shown = str(value).lower() if isinstance(value, bool) else _quoted(value)
+        raise ConfigError(f"{option.name} {shown} ({source}): is {kind}, and must be {wanted}; {_example(option)}")
     if isinstance(value, float) and math.isfinite(value):
         # 1e-07 as 0.0000001: digits are what the parsers of text read, and rounding could make an off switch of it.
         return f"{decimal.Decimal(repr(value)):f}"
