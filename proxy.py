@@ -2305,9 +2305,9 @@ def _read_flags(arguments: collections.abc.Sequence[str]) -> dict[str, tuple[str
         name = flag[2:].replace("-", "_")
         option = _BY_NAME.get(name)
         if option is None or "_" in flag:
-            raise ConfigError(
-                _unknown(f"option {_quoted(flag)}", name, [known.flag for known in OPTIONS], flag.replace("_", "-"))
-            )
+            value = text if equals else rest[0] if rest and not rest[0].startswith("--") else None
+            known = [known.flag for known in OPTIONS]
+            raise ConfigError(_unknown(flag, value, "flag", name, known, flag.replace("_", "-")))
         if not equals:
             # A value may begin with one hyphen (--log-file -), but the next option is no value.
             if not rest or rest[0].startswith("--"):
@@ -2333,7 +2333,7 @@ def _read_environment(environ: collections.abc.Mapping[str, str]) -> dict[str, t
             given[name] = (text, f"env:{variable}")
         elif _looks_like_option(name):
             known = [candidate.variable for candidate in OPTIONS]
-            raise ConfigError(_unknown(f"environment variable {_quoted(variable)}", name, known, variable.upper()))
+            raise ConfigError(_unknown(variable, text, "environment", name, known, variable.upper()))
     return given
 
 
@@ -2405,9 +2405,7 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
                     f"{_quoted(name)} ({place}): is a table, and options stand at the top level;"
                     f" remove [{_cut(name)}], and write options without a dot"
                 )
-            raise ConfigError(
-                _unknown(f"option {_quoted(name)} ({place})", name.replace("-", "_"), list(_BY_NAME), name)
-            )
+            raise ConfigError(_unknown(name, value, place, name.replace("-", "_"), list(_BY_NAME), name))
         if name == "config":
             raise ConfigError(
                 f"config {_quoted(value)} ({place}): can't be set in the file itself;"
@@ -2810,12 +2808,16 @@ def _quoted(value: object) -> str:
     return text if len(text) <= _QUOTED_LENGTH else text[:_QUOTED_LENGTH] + "..."
 
 
-def _shown(option: Option, text: str) -> str:
+def _shown(option: Option | None, text: str) -> str:
     # A password someone put into the URL stays out of journals.
-    return _quoted(re.sub(r"(^|//)[^/].*@", r"\1***@", text) if option.kind is Kind.UPSTREAM else text)
+    is_url = option is None or option.kind is Kind.UPSTREAM
+    return _quoted(re.sub(r"(^|//)[^/].*@", r"\1***@", text) if is_url else text)
 
 
-def _unknown(what: str, name: str, spellings: list[str], asked: str) -> str:
+def _unknown(option: str, value: object, source: str, name: str, spellings: list[str], asked: str) -> str:
+    """Returns: the error for an option that is none, with the value that was to be set, if any."""
+    shown = "" if value is None else " " + (_shown(None, value) if isinstance(value, str) else _quoted(value))
+    what = f"option {_quoted(option)}{shown} ({source})"
     if name in _NOT_YET:
         return f"{what}: is not available in this version; leave it out"
     close = difflib.get_close_matches(asked, spellings, n=1)

@@ -188,7 +188,7 @@ def test_version_names_the_file_that_runs_and_what_it_stands_on(program: Program
         (("demo", "--fast"), "demo '--fast': demo takes no options"),
         (("serve", "check"), "unexpected argument 'check'"),
         (("--workers", "1", "check"), "unexpected argument 'check'"),
-        (("--json",), "option '--json': unknown"),
+        (("--json",), "option '--json' (flag): unknown"),
         (("--client-write-timeout", "ten"), "client_write_timeout 'ten' (flag): is no number of seconds; write"),
         (("serve", "--config", "/does/not/exist"), "config '/does/not/exist' (flag): can't be read: No such file"),
     ],
@@ -200,7 +200,7 @@ def test_what_cannot_be_run_is_one_line_and_status_2(program: Program, arguments
 def test_a_misspelt_variable_is_refused(program: Program) -> None:
     text = program.refusal("check", PROXY_CLIENT_WRITE_TIMOUT="2")
     assert text == (
-        "environment variable 'PROXY_CLIENT_WRITE_TIMOUT': unknown; did you mean PROXY_CLIENT_WRITE_TIMEOUT?"
+        "option 'PROXY_CLIENT_WRITE_TIMOUT' '2' (environment): unknown; did you mean PROXY_CLIENT_WRITE_TIMEOUT?"
     )
 
 
@@ -259,7 +259,7 @@ def test_what_is_there_is_not_called_missing() -> None:
         ("--version <&- 2>&-", 0, ""),
         ("--bogus 2>&-", 2, ""),
         ("--bogus >&- 2>&-", 2, ""),
-        ("--bogus <&-", 2, "proxy: error: option '--bogus': unknown; --help lists the options\n"),
+        ("--bogus <&-", 2, "proxy: error: option '--bogus' (flag): unknown; --help lists the options\n"),
     ],
 )
 def test_closed_standard_files(program: Program, command: str, status: int, stderr: str) -> None:

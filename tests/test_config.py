@@ -244,7 +244,7 @@ def test_the_line_of_a_key_is_true_in_an_awkward_file(tmp_path: pathlib.Path) ->
 
 def test_the_line_of_an_unknown_table_and_of_an_array_is_true(tmp_path: pathlib.Path) -> None:
     path = _file(tmp_path, 'workers = 2\nx = [\n["a"],\n]\n[limits]\nlisten = "a"\n[limits.more]\n[[other]]\n')
-    assert f"'x' (file:{path}:2): unknown" in _error(["--config", path])
+    assert f"'x' [['a']] (file:{path}:2): unknown" in _error(["--config", path])
     path = _file(tmp_path, 'workers = 2\n [limits] # c\nlisten = [\n["a"],\n]\n[limits.more]\n')
     assert f"'limits' (file:{path}:2): is a table" in _error(["--config", path])
     path = _file(tmp_path, "listen.host = 1\n")
@@ -340,10 +340,10 @@ def test_a_number_of_thousands_of_digits(text: str, tmp_path: pathlib.Path) -> N
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("client_write_timeot = 5", "'client_write_timeot' ({}:1): unknown; did you mean client_write_timeout?"),
-        ("client-write-timeout = 5", "'client-write-timeout' ({}:1): unknown; did you mean client_write_timeout?"),
-        ("'' = 5", "'' ({}:1): unknown; --help lists"),
-        ("admin = 'x'", "'admin' ({}:1): is not available in this version"),
+        ("client_write_timeot = 5", "'client_write_timeot' 5 ({}:1): unknown; did you mean client_write_timeout?"),
+        ("client-write-timeout = 5", "'client-write-timeout' 5 ({}:1): unknown; did you mean client_write_timeout?"),
+        ("'' = 5", "'' 5 ({}:1): unknown; --help lists"),
+        ("admin = 'x'", "'admin' 'x' ({}:1): is not available in this version"),
         ("config = 'x'", "config 'x' ({}:1): can't be set in the file itself"),
         ("config = 5", "config 5 ({}:1): can't be set in the file itself"),
         ("workers = true", "workers true ({}:1): is a truth value, and must be a whole number or a string"),
@@ -402,16 +402,16 @@ def test_numbers_of_a_file_may_be_numbers(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["--lisen", "x"], "option '--lisen': unknown; did you mean --listen?"),
-        (["--zzz=1"], "option '--zzz': unknown; --help lists the options"),
+        (["--lisen", "x"], "option '--lisen' 'x' (flag): unknown; did you mean --listen?"),
+        (["--zzz=1"], "option '--zzz' '1' (flag): unknown; --help lists the options"),
         (
             ["--client_write_timeout", "1"],
-            "option '--client_write_timeout': unknown; did you mean --client-write-timeout?",
+            "option '--client_write_timeout' '1' (flag): unknown; did you mean --client-write-timeout?",
         ),
-        (["--client-write", "1"], "option '--client-write': unknown; did you mean --client-write"),
-        (["--rate-limit", "1"], "option '--rate-limit': is not available in this version"),
-        (["--conf=x"], "option '--conf': unknown; did you mean --config?"),
-        (["--=x"], "option '--': unknown"),
+        (["--client-write", "1"], "option '--client-write' '1' (flag): unknown; did you mean --client-write"),
+        (["--rate-limit", "1"], "option '--rate-limit' '1' (flag): is not available in this version"),
+        (["--conf=x"], "option '--conf' 'x' (flag): unknown; did you mean --config?"),
+        (["--=x"], "option '--' 'x' (flag): unknown"),
         (["--"], "unexpected argument '--'"),
         (["-l", "x"], "unexpected argument '-l'"),
         (
@@ -453,7 +453,7 @@ def test_a_value_may_begin_with_a_hyphen() -> None:
     ],
 )
 def test_a_variable_that_must_be_meant_for_the_proxy_is_no_silent_loss(variable: str, problem: str) -> None:
-    assert f"environment variable '{variable}': {problem}" in _error([], {variable: "1"})
+    assert f"option '{variable}' '1' (environment): {problem}" in _error([], {variable: "1"})
 
 
 def test_variables_of_others_are_left_alone_and_can_be_listed() -> None:
