@@ -176,6 +176,9 @@ TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
 # make two parsers see two requests. The version is checked apart, so that a well formed one we do not speak gets a
 # 505.
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ([\x21-\x7e]++) HTTP/([0-9])\.([0-9])")
+# What a request line that is none still tells of method and target, for the record.
+TOLD_METHOD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ")
+TOLD_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++ ([^\x00-\x20\x7f]++)(?: [^\x00-\x20\x7f]*+)?")
 
 # RFC 9112 §4. The space before an empty reason phrase is required there; enough servers leave it out, and nothing hangs
 # on it, that we take both.
@@ -212,6 +215,8 @@ CHUNK_LINE = re.compile(
 
 # An X-Request-Id that a client may choose: safe in any log and any field.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}+")
+# The lines of a head, well formed or not, that say one.
+REQUEST_ID_LINE = re.compile(rb"\r\nx-request-id:([^\r\n]*+)", re.IGNORECASE)
 
 # What lines may be made of, as far as it goes: behind its match stands the first control character, or the first CR or
 # LF that is without the other. A search for that octet itself would try its alternatives anew at every octet before it.
@@ -4431,6 +4436,8 @@ Nothing here is refused. What can't work at all is ``ConfigError``'s, and is fou
 
 # A relayed connection has a socket on each side; what a worker has open besides is less than this.
 _FILES_EACH, _FILES_BESIDE = 2, 64
+# The kernel probes in whole seconds, and answers of a busy peer take their time (docs/kernel.md).
+_SOON_DEAD_S = 1.5
 _PAIRS = ("client_read", "client_write", "upstream_write", "upstream_read")
 
 
@@ -4493,6 +4500,11 @@ def _limit_notes(settings: Settings) -> list[str]:
         notes.append(
             f"{connections} takes {needed:,} open files in each worker, and {files:,} are allowed (ulimit -Hn); beyond"
             " them requests get 503"
+        )
+    dead = settings.peer_dead_timeout
+    if dead is not None and dead.seconds < _SOON_DEAD_S:
+        notes.append(
+            f"{dead} may give up a peer that is only slow to answer; {_SOON_DEAD_S:g} s is long enough for most"
         )
     for pair in _PAIRS:
         timeout, deadline = getattr(settings, f"{pair}_timeout"), getattr(settings, f"{pair}_deadline")
@@ -5104,7 +5116,7 @@ class Waiter:
             raise Abort(
                 timed.side,
                 self.phase_of(timed.side, timed.operation),
-                timed.operation,
+                timed.operation if timed.side is not Side.PROXY else None,  # both sockets, both ways
                 Cause.TIMEOUT if limit is timed.watch.timeout else Cause.DEADLINE,
                 limit=limit,
                 elapsed_s=elapsed_s,
@@ -5938,6 +5950,7 @@ class Relay:
             Phase.REQUEST_BODY,
             Operation.READ,
             Cause.CLOSED,
+            status=status_after_fin(self.settings),
             detail="the request body was not whole",
         )
 
@@ -6392,6 +6405,13 @@ class Relay:
             self.events.append((time.monotonic(), side, what))
 
 
+def status_after_fin(settings: Settings) -> int | None:
+    """Returns: what is answered to a client that has ended its side in the middle of its request: nothing, where that
+    means that it has left.
+    """
+    return 400 if settings.client_half_close == "allow" else None
+
+
 def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:
     """Returns: the option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive
     probes follow.
@@ -6550,7 +6570,8 @@ class Record:
         self.about = about
         self.first_at = first_at
         self.head: RequestHead | None = None
-        self.request_line: tuple[bytes, bytes] | None = None  # method and target, where the head was refused
+        # Method, and target if it is known, of a head that was refused or has not come whole.
+        self.request_line: tuple[bytes, bytes | None] | None = None
         self.head_read = 0  # octets of the head
         self.head_at: float | None = None
         self.connected_at: float | None = None
@@ -6635,7 +6656,8 @@ class Record:
         if self.head is not None:
             return printable(self.head.method), printable(mask_secrets(self.head.target))
         if self.request_line is not None:
-            return printable(self.request_line[0]), printable(mask_secrets(self.request_line[1]))
+            method, target = self.request_line
+            return printable(method), printable(mask_secrets(target)) if target is not None else None
         return None, None
 
     def bytes(self) -> dict[str, int]:
@@ -7387,7 +7409,7 @@ class ClientConnection:
                     Cause.PROTOCOL,
                     detail=f"plain text on a TLS port, beginning with {first!r}",
                 )
-                self._answer_plain_http(plain)
+                self._answer_plain_http(plain, head_only=first.startswith(b"HEAD "))
                 raise plain
             self.waiter.phase_of = lambda side, operation: Phase.TLS_HANDSHAKE
             self._watch_head(began_at, Operation.HANDSHAKE)
@@ -7409,10 +7431,10 @@ class ClientConnection:
             self.waiter.watches.clear()
         return True
 
-    def _answer_plain_http(self, abort: Abort) -> None:
+    def _answer_plain_http(self, abort: Abort, *, head_only: bool) -> None:
         """Say in plain HTTP that TLS is spoken here: the client would see no more than garbage otherwise."""
         message = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
-        octets = error_response(abort, 400, message, self.settings.proxy_name, None, head_only=False)
+        octets = error_response(abort, 400, message, self.settings.proxy_name, None, head_only=head_only)
         self._ending = "linger"
         try:
             self.client.sock.send(octets)
@@ -7542,12 +7564,13 @@ class ClientConnection:
                 check_partial_head(octets if head_end < 0 else octets[: head_end + 4], scanned_from)
                 if not line_known and (line_end := octets.find(b"\r\n", 0, max_size.value)) >= 0:
                     # A line that is none has no head behind it that would ever end, as in HTTP/0.9.
-                    parse_request_line(octets[:line_end])
+                    record.request_line = parse_request_line(octets[:line_end])[:2]
                     line_known = True
             except MalformedMessage as error:
+                self._learn_request(octets, record)
                 raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
             if len(octets) >= max_size.value:
-                self._learn_request_line(octets, record)
+                self._learn_request(octets, record)
                 too_long_line = octets.find(b"\r\n", 0, max_size.value) < 0
                 what = "the request line" if too_long_line else "the request head"
                 raise Abort(
@@ -7566,7 +7589,11 @@ class ClientConnection:
                 self._watch_head(record.first_at, Operation.READ)
             waiter.slot.begin(record.first_at, len(octets))
             scanned_from = max(0, len(octets) - 3)
-            octets += self._read_more()
+            try:
+                octets += self._read_more()
+            except Abort:
+                self._learn_request(octets, record)
+                raise
         head_octets = octets[: head_end + 4]
         self._residue = octets[head_end + 4 :]
         record.head_read = len(head_octets)
@@ -7575,7 +7602,7 @@ class ClientConnection:
         try:
             head = parse_request_head(head_octets, self._memory)
         except MalformedMessage as error:
-            self._learn_request_line(octets, record)
+            self._learn_request(head_octets, record)
             raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
         record.head = head
         record.head_at = time.monotonic()
@@ -7595,14 +7622,20 @@ class ClientConnection:
                 limit = dead_peer_limit(self.settings, client)
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
             if not more:
-                raise Abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, Cause.CLOSED)
+                status = status_after_fin(self.settings)
+                raise Abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, Cause.CLOSED, status=status)
             return more
 
-    def _learn_request_line(self, octets: bytes, record: Record) -> None:
-        """Keep method and target of a refused head for the record, if its first line tells them."""
-        match = REQUEST_LINE.fullmatch(octets[: max(0, octets.find(b"\r\n"))])
-        if match is not None:
-            record.request_line = (match[1], match[2])
+    def _learn_request(self, octets: bytes, record: Record) -> None:
+        """Keep what a head tells that is refused, or will never be whole: method, target, the client's request id."""
+        line_end = octets.find(b"\r\n")
+        method = TOLD_METHOD.match(octets)
+        if method is not None:
+            told = TOLD_LINE.fullmatch(octets, 0, line_end) if line_end > 0 else None
+            record.request_line = method[1], told[1] if told is not None else None
+        ids = REQUEST_ID_LINE.findall(octets, 0, max(0, octets.rfind(b"\r\n")))
+        if len(ids) == 1 and REQUEST_ID.fullmatch(own := ids[0].strip(b" \t")):
+            record.request_id = own.decode("ascii")
 
     def _judge(self, head: RequestHead, record: Record) -> None:
         """Refuse what may not pass, on the head alone. Raises: Abort with ``reject``."""
@@ -8092,7 +8125,11 @@ class ClientConnection:
     def _tell_client(self, record: Record, abort: Abort) -> None:
         """Answer the client if nothing of a response has gone out, else cut the response: it can't look whole then."""
         relay = record.relay
-        gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
+        gone = (
+            abort.side is Side.CLIENT
+            and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
+            and abort.status is None
+        )
         self._ending = "close"
         if gone or record.outcome is not None:
             return

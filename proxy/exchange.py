@@ -39,7 +39,7 @@ from .fields import (
     serialize_response,
 )
 from .framing import request_framing
-from .grammar import MAX_FIELDS, REQUEST_LINE, MalformedMessage
+from .grammar import MAX_FIELDS, REQUEST_ID, REQUEST_ID_LINE, TOLD_LINE, TOLD_METHOD, MalformedMessage
 from .head import (
     RequestHead,
     SectionMemory,
@@ -62,7 +62,7 @@ from .kernel import (
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
 from .record import ConnectionNotes, Outcome, Record, Tally, describe_exception, describe_limit
-from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit
+from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
@@ -298,7 +298,7 @@ class ClientConnection:
                     Cause.PROTOCOL,
                     detail=f"plain text on a TLS port, beginning with {first!r}",
                 )
-                self._answer_plain_http(plain)
+                self._answer_plain_http(plain, head_only=first.startswith(b"HEAD "))
                 raise plain
             self.waiter.phase_of = lambda side, operation: Phase.TLS_HANDSHAKE
             self._watch_head(began_at, Operation.HANDSHAKE)
@@ -320,10 +320,10 @@ class ClientConnection:
             self.waiter.watches.clear()
         return True
 
-    def _answer_plain_http(self, abort: Abort) -> None:
+    def _answer_plain_http(self, abort: Abort, *, head_only: bool) -> None:
         """Say in plain HTTP that TLS is spoken here: the client would see no more than garbage otherwise."""
         message = "this port speaks TLS, and the request came in plain HTTP; use https:// (docker: --tlsverify)"
-        octets = error_response(abort, 400, message, self.settings.proxy_name, None, head_only=False)
+        octets = error_response(abort, 400, message, self.settings.proxy_name, None, head_only=head_only)
         self._ending = "linger"
         try:
             self.client.sock.send(octets)
@@ -453,12 +453,13 @@ class ClientConnection:
                 check_partial_head(octets if head_end < 0 else octets[: head_end + 4], scanned_from)
                 if not line_known and (line_end := octets.find(b"\r\n", 0, max_size.value)) >= 0:
                     # A line that is none has no head behind it that would ever end, as in HTTP/0.9.
-                    parse_request_line(octets[:line_end])
+                    record.request_line = parse_request_line(octets[:line_end])[:2]
                     line_known = True
             except MalformedMessage as error:
+                self._learn_request(octets, record)
                 raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
             if len(octets) >= max_size.value:
-                self._learn_request_line(octets, record)
+                self._learn_request(octets, record)
                 too_long_line = octets.find(b"\r\n", 0, max_size.value) < 0
                 what = "the request line" if too_long_line else "the request head"
                 raise Abort(
@@ -477,7 +478,11 @@ class ClientConnection:
                 self._watch_head(record.first_at, Operation.READ)
             waiter.slot.begin(record.first_at, len(octets))
             scanned_from = max(0, len(octets) - 3)
-            octets += self._read_more()
+            try:
+                octets += self._read_more()
+            except Abort:
+                self._learn_request(octets, record)
+                raise
         head_octets = octets[: head_end + 4]
         self._residue = octets[head_end + 4 :]
         record.head_read = len(head_octets)
@@ -486,7 +491,7 @@ class ClientConnection:
         try:
             head = parse_request_head(head_octets, self._memory)
         except MalformedMessage as error:
-            self._learn_request_line(octets, record)
+            self._learn_request(head_octets, record)
             raise malformed_request(error, Phase.REQUEST_HEAD, self.worker.bounds) from error
         record.head = head
         record.head_at = time.monotonic()
@@ -506,14 +511,20 @@ class ClientConnection:
                 limit = dead_peer_limit(self.settings, client)
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
             if not more:
-                raise Abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, Cause.CLOSED)
+                status = status_after_fin(self.settings)
+                raise Abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, Cause.CLOSED, status=status)
             return more
 
-    def _learn_request_line(self, octets: bytes, record: Record) -> None:
-        """Keep method and target of a refused head for the record, if its first line tells them."""
-        match = REQUEST_LINE.fullmatch(octets[: max(0, octets.find(b"\r\n"))])
-        if match is not None:
-            record.request_line = (match[1], match[2])
+    def _learn_request(self, octets: bytes, record: Record) -> None:
+        """Keep what a head tells that is refused, or will never be whole: method, target, the client's request id."""
+        line_end = octets.find(b"\r\n")
+        method = TOLD_METHOD.match(octets)
+        if method is not None:
+            told = TOLD_LINE.fullmatch(octets, 0, line_end) if line_end > 0 else None
+            record.request_line = method[1], told[1] if told is not None else None
+        ids = REQUEST_ID_LINE.findall(octets, 0, max(0, octets.rfind(b"\r\n")))
+        if len(ids) == 1 and REQUEST_ID.fullmatch(own := ids[0].strip(b" \t")):
+            record.request_id = own.decode("ascii")
 
     def _judge(self, head: RequestHead, record: Record) -> None:
         """Refuse what may not pass, on the head alone. Raises: Abort with ``reject``."""
@@ -1003,7 +1014,11 @@ class ClientConnection:
     def _tell_client(self, record: Record, abort: Abort) -> None:
         """Answer the client if nothing of a response has gone out, else cut the response: it can't look whole then."""
         relay = record.relay
-        gone = abort.side is Side.CLIENT and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
+        gone = (
+            abort.side is Side.CLIENT
+            and abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER, Cause.TLS)
+            and abort.status is None
+        )
         self._ending = "close"
         if gone or record.outcome is not None:
             return

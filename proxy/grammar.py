@@ -13,6 +13,9 @@ TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++")
 # make two parsers see two requests. The version is checked apart, so that a well formed one we do not speak gets a
 # 505.
 REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ([\x21-\x7e]++) HTTP/([0-9])\.([0-9])")
+# What a request line that is none still tells of method and target, for the record.
+TOLD_METHOD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ")
+TOLD_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++ ([^\x00-\x20\x7f]++)(?: [^\x00-\x20\x7f]*+)?")
 
 # RFC 9112 §4. The space before an empty reason phrase is required there; enough servers leave it out, and nothing hangs
 # on it, that we take both.
@@ -49,6 +52,8 @@ CHUNK_LINE = re.compile(
 
 # An X-Request-Id that a client may choose: safe in any log and any field.
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}+")
+# The lines of a head, well formed or not, that say one.
+REQUEST_ID_LINE = re.compile(rb"\r\nx-request-id:([^\r\n]*+)", re.IGNORECASE)
 
 # What lines may be made of, as far as it goes: behind its match stands the first control character, or the first CR or
 # LF that is without the other. A search for that octet itself would try its alternatives anew at every octet before it.

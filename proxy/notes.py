@@ -14,6 +14,8 @@ from .tls import certificate_notes
 
 # A relayed connection has a socket on each side; what a worker has open besides is less than this.
 _FILES_EACH, _FILES_BESIDE = 2, 64
+# The kernel probes in whole seconds, and answers of a busy peer take their time (docs/kernel.md).
+_SOON_DEAD_S = 1.5
 _PAIRS = ("client_read", "client_write", "upstream_write", "upstream_read")
 
 
@@ -76,6 +78,11 @@ def _limit_notes(settings: Settings) -> list[str]:
         notes.append(
             f"{connections} takes {needed:,} open files in each worker, and {files:,} are allowed (ulimit -Hn); beyond"
             " them requests get 503"
+        )
+    dead = settings.peer_dead_timeout
+    if dead is not None and dead.seconds < _SOON_DEAD_S:
+        notes.append(
+            f"{dead} may give up a peer that is only slow to answer; {_SOON_DEAD_S:g} s is long enough for most"
         )
     for pair in _PAIRS:
         timeout, deadline = getattr(settings, f"{pair}_timeout"), getattr(settings, f"{pair}_deadline")

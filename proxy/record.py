@@ -164,7 +164,8 @@ class Record:
         self.about = about
         self.first_at = first_at
         self.head: RequestHead | None = None
-        self.request_line: tuple[bytes, bytes] | None = None  # method and target, where the head was refused
+        # Method, and target if it is known, of a head that was refused or has not come whole.
+        self.request_line: tuple[bytes, bytes | None] | None = None
         self.head_read = 0  # octets of the head
         self.head_at: float | None = None
         self.connected_at: float | None = None
@@ -249,7 +250,8 @@ class Record:
         if self.head is not None:
             return printable(self.head.method), printable(mask_secrets(self.head.target))
         if self.request_line is not None:
-            return printable(self.request_line[0]), printable(mask_secrets(self.request_line[1]))
+            method, target = self.request_line
+            return printable(method), printable(mask_secrets(target)) if target is not None else None
         return None, None
 
     def bytes(self) -> dict[str, int]:

@@ -792,6 +792,7 @@ class Relay:
             Phase.REQUEST_BODY,
             Operation.READ,
             Cause.CLOSED,
+            status=status_after_fin(self.settings),
             detail="the request body was not whole",
         )
 
@@ -1244,6 +1245,13 @@ class Relay:
     def _note(self, side: str, what: str) -> None:
         if len(self.events) < 16:
             self.events.append((time.monotonic(), side, what))
+
+
+def status_after_fin(settings: Settings) -> int | None:
+    """Returns: what is answered to a client that has ended its side in the middle of its request: nothing, where that
+    means that it has left.
+    """
+    return 400 if settings.client_half_close == "allow" else None
 
 
 def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:

@@ -243,7 +243,7 @@ class Waiter:
             raise Abort(
                 timed.side,
                 self.phase_of(timed.side, timed.operation),
-                timed.operation,
+                timed.operation if timed.side is not Side.PROXY else None,  # both sockets, both ways
                 Cause.TIMEOUT if limit is timed.watch.timeout else Cause.DEADLINE,
                 limit=limit,
                 elapsed_s=elapsed_s,

@@ -130,6 +130,16 @@ def test_a_timeout_that_its_deadline_leaves_no_room(pair: str) -> None:
     assert notes(*upstream, f"--{pair}-timeout", "5", f"--{pair}-deadline", "10") == []
 
 
+def test_a_peer_that_is_given_up_too_soon() -> None:
+    upstream = ("--upstream", "http://127.0.0.1:80")
+    (note,) = notes(*upstream, "--peer-dead-timeout", "1")
+    assert note == (
+        "peer_dead_timeout (1 s, set by flag) may give up a peer that is only slow to answer; 1.5 s is long enough for most"
+    )
+    assert notes(*upstream, "--peer-dead-timeout", "1.5") == []
+    assert notes(*upstream, "--peer-dead-timeout", "none") == []
+
+
 def test_serve_logs_them_and_looks_at_certificates_again(tmp_path: pathlib.Path) -> None:
     identity = trustme.CA().issue_cert("127.0.0.1")
     cert = tmp_path / "cert.pem"
