@@ -134,7 +134,8 @@ def test_a_peer_that_is_given_up_too_soon() -> None:
     upstream = ("--upstream", "http://127.0.0.1:80")
     (note,) = notes(*upstream, "--peer-dead-timeout", "1")
     assert note == (
-        "peer_dead_timeout (1 s, set by flag) may give up a peer that is only slow to answer; 1.5 s is long enough for most"
+        "peer_dead_timeout (1 s, set by flag) may give up a peer that is only slow to answer; 1.5 s is long enough for"
+        " most"
     )
     assert notes(*upstream, "--peer-dead-timeout", "1.5") == []
     assert notes(*upstream, "--peer-dead-timeout", "none") == []
