@@ -20,6 +20,7 @@ match sys.version_info >= (3, 11):  # a syntax error here means: Python 3.11 or 
 import collections
 import collections.abc
 import contextlib
+import copy
 import dataclasses
 import decimal
 import difflib
@@ -5195,7 +5196,7 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 
-# --- proxy/relay.py, line 42 ---
+# --- proxy/relay.py, line 43 ---
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 FIRST_READ = 64 * 1024
@@ -5399,7 +5400,9 @@ class Relay:
         "first_byte_at",
         "guarded",
         "head_octets",
+        "hung_up_ahead",
         "last_byte_at",
+        "lost",
         "memory",
         "message_stream",
         "pipes",
@@ -5463,6 +5466,10 @@ class Relay:
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
+        # Why nothing more comes from upstream, seen while what had come before waited for the client; judged when that
+        # is gone.
+        self.lost: Abort | None = None
+        self.hung_up_ahead = False  # poll has said so, and is not asked again
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
@@ -5622,6 +5629,8 @@ class Relay:
                         due_at = 0.0
             if response.pending:
                 client_events = max(client_events, 0) | client.write_event
+                if not self.hung_up_ahead:
+                    upstream_events |= select.POLLERR  # no more of it is wanted now, but its failure
             elif not response.finished:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
@@ -5645,6 +5654,8 @@ class Relay:
             if upstream_ready or (due_at is not None and upstream.has_unread):
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
+                if response.pending and upstream_ready & FAILED and not self.hung_up_ahead:
+                    self._see_upstream_fail()
                 if (
                     not response.pending
                     and not response.finished
@@ -5659,7 +5670,13 @@ class Relay:
                         ):
                             self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
                         raise
-                if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
+                if (
+                    response.finished
+                    and self.tunnel
+                    and not request.finished
+                    and upstream_ready & FAILED
+                    and self.broken is None
+                ):
                     self._break_request(self._socket_failed(upstream, Operation.WRITE))
             if client_ready or (due_at is not None and client.has_unread):
                 if response.pending and client_ready & client.write_event:
@@ -5866,6 +5883,8 @@ class Relay:
                         return
                     break
                 except OSError as error:
+                    if self._ends_like_this(error):
+                        break
                     raise self._abort(client, Operation.READ, error) from error
                 if octets and request.framing.complete:
                     self.residue += octets
@@ -5913,9 +5932,7 @@ class Relay:
                 self._see_part_of_record(self.client_read_watch, now)
             return  # nothing to read after all: poll says when
         except OSError as error:
-            if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
-                # All that upstream had to say was delivered, its end included. Many clients then close without
-                # close_notify.
+            if self._ends_like_this(error):
                 self._request_source_ended(now)
                 return
             raise self._abort(client, Operation.READ, error) from error
@@ -5932,6 +5949,12 @@ class Relay:
             self.tunnel_watch.progress(now)
         self._take_request_octets(octets, count)
         self._flush_request(now)
+
+    def _ends_like_this(self, error: OSError) -> bool:
+        """Whether a failed read is how a client ends a tunnel: all that upstream had to say was delivered, its end
+        included, and many clients then close without close_notify.
+        """
+        return self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError)
 
     def _request_source_ended(self, now: float) -> None:
         """The client's side has come to its end: a half-close in a tunnel, else the end of a request that is not
@@ -6019,10 +6042,41 @@ class Relay:
 
     def _upstream_failed(self, error: OSError) -> Abort:
         """Returns: the abort of a read from upstream that failed; the first error wins."""
+        if self.lost is not None:
+            return self.lost
         if self.broken is not None and not refuses_certificate(error):
             return self.broken
         assert self.upstream is not None
         return self._abort(self.upstream, Operation.READ, error)
+
+    def _see_upstream_fail(self) -> None:
+        """Upstream's connection has failed while the client has yet to take what came before: keep the kernel's reason,
+        which is told once, and go on with what is there.
+        """
+        assert self.upstream is not None
+        self.hung_up_ahead = True
+        number = self.upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number and self.broken is None:
+            self.lost = self._abort(self.upstream, Operation.READ, OSError(number, os.strerror(number)))
+
+    def first_of(self, abort: Abort) -> Abort:
+        """Returns: the abort that decides, where the client's comes after upstream's failure: that one, unless upstream
+        had sent all of the response by then.
+        """
+        if self.lost is None or abort.side is not Side.CLIENT or self._has_come_whole():
+            return abort
+        return self.lost
+
+    def _has_come_whole(self) -> bool:
+        """Read what upstream had sent before it failed. Returns: whether it ends the response."""
+        framing = copy.deepcopy(self.response.framing)
+        assert self.upstream is not None
+        try:
+            while not framing.complete and (octets := self.upstream.read(_BULK_BUFFER, NO_WAIT)):
+                framing.feed(octets, 0, len(octets))
+        except (OSError, MalformedMessage):
+            return False
+        return framing.complete and not framing.ends_with_connection
 
     def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
         """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
@@ -6055,7 +6109,14 @@ class Relay:
         of too little.
         """
         response = self.response
-        if self.broken is not None and isinstance(self.broken.original, ConnectionResetError):
+        if self.lost is not None:
+            raise self.lost from self.lost.original
+        assert self.upstream is not None
+        if (
+            self.broken is not None
+            and isinstance(self.broken.original, ConnectionResetError)
+            and self.upstream.can_splice  # under TLS this end is close_notify, which upstream has sent
+        ):
             # The write has taken the kernel's notice of the reset, and a read then shows an end that upstream never
             # sent. (A reset behind a FIN is EPIPE: that end was one.)
             raise self.broken from self.broken.original
@@ -7012,8 +7073,8 @@ class Record:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        if relay.response.framing.complete:
-            state = "had sent all of it"
+        if relay.response.framing.complete or relay.lost is not None:
+            state = "had sent all of it"  # of a client's abort: else upstream's loss would have decided
         else:
             state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
@@ -7864,9 +7925,12 @@ class ClientConnection:
                 content = request.framing.content
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
                 relay.run(begun)
-            except Abort as abort:
-                # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
-                # about upstream.
+            except Abort as last:
+                # The only catch between the fact and the record: the first event decides, and a kept connection that
+                # had gone stale proves nothing about upstream.
+                abort = relay.first_of(last)
+                if abort is not last:
+                    raise abort from abort.original
                 if not reused or record.attempts or not _may_retry(abort, relay, head):
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
@@ -7943,6 +8007,8 @@ class ClientConnection:
                 if reads_ahead and client_ready:
                     self._read_ahead(head, body)
                 if client_ready & HUNG_UP:
+                    if reads_ahead:
+                        self._read_ahead(head, body, to_its_end=True)
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if number:
                         # A reset, or the kernel's verdict that nobody is there any more.
@@ -7969,21 +8035,24 @@ class ClientConnection:
         finally:
             waiter.forget_upstream()
 
-    def _read_ahead(self, head: RequestHead, body: bytes) -> None:
-        """Read what the client sends under TLS while upstream is being connected. Raises: Abort at its end."""
-        if len(self._residue) >= _HEAD_READ:
-            return
-        try:
-            octets = self.client.read(_HEAD_READ, NO_WAIT)
-        except BlockingIOError:
-            return  # what came was TLS's own, or a part of a record
-        except OSError as error:
-            limit = dead_peer_limit(self.settings, self.client)
-            raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
-        if not octets:
-            raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
-        self._residue += octets
-        self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
+    def _read_ahead(self, head: RequestHead, body: bytes, *, to_its_end: bool = False) -> None:
+        """Read what the client sends under TLS while upstream is being connected: a portion, or all that has come, as
+        only what is behind it tells how the client has ended. Raises: Abort at its end.
+        """
+        while to_its_end or len(self._residue) < _HEAD_READ:
+            try:
+                octets = self.client.read(_HEAD_READ, NO_WAIT)
+            except BlockingIOError:
+                return  # what came was TLS's own, or a part of a record
+            except OSError as error:
+                limit = dead_peer_limit(self.settings, self.client)
+                raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
+            if not octets:
+                raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
+            self._residue += octets
+            self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
+            if not to_its_end:
+                return
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
@@ -8112,10 +8181,10 @@ class ClientConnection:
                 raise
             hung_up = hung_up or bool(ready & FAILED)
             if hung_up:
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                info = tcp_info(sock)
                 if not unacknowledged_bytes(sock):
-                    return  # it has taken all, and was reset only then
+                    return  # it has taken all, and was reset only then, which the wait for the next request finds
+                info = tcp_info(sock)
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number or (info is not None and info.state == "CLOSED"):
                     error = OSError(number, os.strerror(number)) if number else None
                     cause = classify(error, Operation.WRITE) if error is not None else Cause.RESET
@@ -9235,6 +9304,8 @@ class Supervisor:
         self.restart_at[index] = time.monotonic() + pause_s
 
     def _report(self, began_at: float) -> int:
+        for number in self._STOP:
+            signal.signal(number, signal.SIG_IGN)  # one more has nothing to end, and would change the exit status
         counts = {name: self.counts.total(i) for i, name in enumerate(Tally.NAMES)}
         ended = counts["complete"] + counts["reject"] + counts["abort"]
         balanced = counts["begun"] == ended

@@ -753,9 +753,12 @@ class ClientConnection:
                 content = request.framing.content
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
                 relay.run(begun)
-            except Abort as abort:
-                # The only catch between the fact and the record: a kept connection that had gone stale proves nothing
-                # about upstream.
+            except Abort as last:
+                # The only catch between the fact and the record: the first event decides, and a kept connection that
+                # had gone stale proves nothing about upstream.
+                abort = relay.first_of(last)
+                if abort is not last:
+                    raise abort from abort.original
                 if not reused or record.attempts or not _may_retry(abort, relay, head):
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
@@ -832,6 +835,8 @@ class ClientConnection:
                 if reads_ahead and client_ready:
                     self._read_ahead(head, body)
                 if client_ready & HUNG_UP:
+                    if reads_ahead:
+                        self._read_ahead(head, body, to_its_end=True)
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if number:
                         # A reset, or the kernel's verdict that nobody is there any more.
@@ -858,21 +863,24 @@ class ClientConnection:
         finally:
             waiter.forget_upstream()
 
-    def _read_ahead(self, head: RequestHead, body: bytes) -> None:
-        """Read what the client sends under TLS while upstream is being connected. Raises: Abort at its end."""
-        if len(self._residue) >= _HEAD_READ:
-            return
-        try:
-            octets = self.client.read(_HEAD_READ, NO_WAIT)
-        except BlockingIOError:
-            return  # what came was TLS's own, or a part of a record
-        except OSError as error:
-            limit = dead_peer_limit(self.settings, self.client)
-            raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
-        if not octets:
-            raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
-        self._residue += octets
-        self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
+    def _read_ahead(self, head: RequestHead, body: bytes, *, to_its_end: bool = False) -> None:
+        """Read what the client sends under TLS while upstream is being connected: a portion, or all that has come, as
+        only what is behind it tells how the client has ended. Raises: Abort at its end.
+        """
+        while to_its_end or len(self._residue) < _HEAD_READ:
+            try:
+                octets = self.client.read(_HEAD_READ, NO_WAIT)
+            except BlockingIOError:
+                return  # what came was TLS's own, or a part of a record
+            except OSError as error:
+                limit = dead_peer_limit(self.settings, self.client)
+                raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
+            if not octets:
+                raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
+            self._residue += octets
+            self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
+            if not to_its_end:
+                return
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""
@@ -1001,10 +1009,10 @@ class ClientConnection:
                 raise
             hung_up = hung_up or bool(ready & FAILED)
             if hung_up:
-                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                info = tcp_info(sock)
                 if not unacknowledged_bytes(sock):
-                    return  # it has taken all, and was reset only then
+                    return  # it has taken all, and was reset only then, which the wait for the next request finds
+                info = tcp_info(sock)
+                number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number or (info is not None and info.state == "CLOSED"):
                     error = OSError(number, os.strerror(number)) if number else None
                     cause = classify(error, Operation.WRITE) if error is not None else Cause.RESET

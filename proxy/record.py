@@ -606,8 +606,8 @@ class Record:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        if relay.response.framing.complete:
-            state = "had sent all of it"
+        if relay.response.framing.complete or relay.lost is not None:
+            state = "had sent all of it"  # of a client's abort: else upstream's loss would have decided
         else:
             state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""

@@ -9,6 +9,7 @@ nothing.
 Invariant: octets are read from a source only when all read before have been written.
 """
 
+import copy
 import os
 import select
 import socket
@@ -241,7 +242,9 @@ class Relay:
         "first_byte_at",
         "guarded",
         "head_octets",
+        "hung_up_ahead",
         "last_byte_at",
+        "lost",
         "memory",
         "message_stream",
         "pipes",
@@ -305,6 +308,10 @@ class Relay:
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
+        # Why nothing more comes from upstream, seen while what had come before waited for the client; judged when that
+        # is gone.
+        self.lost: Abort | None = None
+        self.hung_up_ahead = False  # poll has said so, and is not asked again
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
@@ -464,6 +471,8 @@ class Relay:
                         due_at = 0.0
             if response.pending:
                 client_events = max(client_events, 0) | client.write_event
+                if not self.hung_up_ahead:
+                    upstream_events |= select.POLLERR  # no more of it is wanted now, but its failure
             elif not response.finished:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
@@ -487,6 +496,8 @@ class Relay:
             if upstream_ready or (due_at is not None and upstream.has_unread):
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
+                if response.pending and upstream_ready & FAILED and not self.hung_up_ahead:
+                    self._see_upstream_fail()
                 if (
                     not response.pending
                     and not response.finished
@@ -501,7 +512,13 @@ class Relay:
                         ):
                             self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
                         raise
-                if response.finished and self.tunnel and upstream_ready & FAILED and self.broken is None:
+                if (
+                    response.finished
+                    and self.tunnel
+                    and not request.finished
+                    and upstream_ready & FAILED
+                    and self.broken is None
+                ):
                     self._break_request(self._socket_failed(upstream, Operation.WRITE))
             if client_ready or (due_at is not None and client.has_unread):
                 if response.pending and client_ready & client.write_event:
@@ -708,6 +725,8 @@ class Relay:
                         return
                     break
                 except OSError as error:
+                    if self._ends_like_this(error):
+                        break
                     raise self._abort(client, Operation.READ, error) from error
                 if octets and request.framing.complete:
                     self.residue += octets
@@ -755,9 +774,7 @@ class Relay:
                 self._see_part_of_record(self.client_read_watch, now)
             return  # nothing to read after all: poll says when
         except OSError as error:
-            if self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError):
-                # All that upstream had to say was delivered, its end included. Many clients then close without
-                # close_notify.
+            if self._ends_like_this(error):
                 self._request_source_ended(now)
                 return
             raise self._abort(client, Operation.READ, error) from error
@@ -774,6 +791,12 @@ class Relay:
             self.tunnel_watch.progress(now)
         self._take_request_octets(octets, count)
         self._flush_request(now)
+
+    def _ends_like_this(self, error: OSError) -> bool:
+        """Whether a failed read is how a client ends a tunnel: all that upstream had to say was delivered, its end
+        included, and many clients then close without close_notify.
+        """
+        return self.tunnel and self.response.finished and isinstance(error, ssl.SSLEOFError)
 
     def _request_source_ended(self, now: float) -> None:
         """The client's side has come to its end: a half-close in a tunnel, else the end of a request that is not
@@ -861,10 +884,41 @@ class Relay:
 
     def _upstream_failed(self, error: OSError) -> Abort:
         """Returns: the abort of a read from upstream that failed; the first error wins."""
+        if self.lost is not None:
+            return self.lost
         if self.broken is not None and not refuses_certificate(error):
             return self.broken
         assert self.upstream is not None
         return self._abort(self.upstream, Operation.READ, error)
+
+    def _see_upstream_fail(self) -> None:
+        """Upstream's connection has failed while the client has yet to take what came before: keep the kernel's reason,
+        which is told once, and go on with what is there.
+        """
+        assert self.upstream is not None
+        self.hung_up_ahead = True
+        number = self.upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number and self.broken is None:
+            self.lost = self._abort(self.upstream, Operation.READ, OSError(number, os.strerror(number)))
+
+    def first_of(self, abort: Abort) -> Abort:
+        """Returns: the abort that decides, where the client's comes after upstream's failure: that one, unless upstream
+        had sent all of the response by then.
+        """
+        if self.lost is None or abort.side is not Side.CLIENT or self._has_come_whole():
+            return abort
+        return self.lost
+
+    def _has_come_whole(self) -> bool:
+        """Read what upstream had sent before it failed. Returns: whether it ends the response."""
+        framing = copy.deepcopy(self.response.framing)
+        assert self.upstream is not None
+        try:
+            while not framing.complete and (octets := self.upstream.read(_BULK_BUFFER, NO_WAIT)):
+                framing.feed(octets, 0, len(octets))
+        except (OSError, MalformedMessage):
+            return False
+        return framing.complete and not framing.ends_with_connection
 
     def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
         """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
@@ -897,7 +951,14 @@ class Relay:
         of too little.
         """
         response = self.response
-        if self.broken is not None and isinstance(self.broken.original, ConnectionResetError):
+        if self.lost is not None:
+            raise self.lost from self.lost.original
+        assert self.upstream is not None
+        if (
+            self.broken is not None
+            and isinstance(self.broken.original, ConnectionResetError)
+            and self.upstream.can_splice  # under TLS this end is close_notify, which upstream has sent
+        ):
             # The write has taken the kernel's notice of the reset, and a read then shows an end that upstream never
             # sent. (A reset behind a FIN is EPIPE: that end was one.)
             raise self.broken from self.broken.original
