@@ -1,0 +1,239 @@
+"""Two ends of one exchange, one behind the other: the first decides, and neither is taken for another kind of end."""
+
+import pathlib
+import socket
+import ssl
+import time
+
+import pytest
+
+from conftest import Certificates
+from harness import ProxyProcess, check_record, wait_until
+from peers import Script, Upstream, Wire, chunk, connect, full_listener, ok, silent
+
+_HEAD = b"GET /%b HTTP/1.1\r\nHost: t\r\n\r\n"
+_UPGRADE = b"GET /x HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+_SWITCH = b"HTTP/1.1 101 S\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+_BIG = 600_000
+
+
+def _big_then_silent(wire: Wire) -> None:
+    """Answer the first request with much, and the second not at all."""
+    wire.read_head()
+    wire.send(ok(b"x" * _BIG))
+    wire.read_head()
+    wire.await_end()
+
+
+@pytest.mark.parametrize("mode", ["abort", "allow"])
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+def test_a_reset_behind_a_large_response_ends_the_next_request(
+    kind: str, mode: str, certificates: Certificates
+) -> None:
+    tls = ("--tls-cert", certificates.server) if kind == "tls" else ()
+    context = certificates.client_context() if kind == "tls" else None
+    with (
+        Upstream(_big_then_silent) as upstream,
+        ProxyProcess(upstream.url, "--client-half-close", mode, *tls) as proxy,
+        # So small that the delivery of the last octets is waited for.
+        connect(proxy.address, context, receive_buffer=32_768) as wire,
+    ):
+        wire.send(_HEAD % b"big" + _HEAD % b"next")
+        time.sleep(0.1)
+        assert len(wire.read_response().body) == _BIG
+        wire.reset()
+        big, following = proxy.wait_requests(2)
+        check_record(big)
+        check_record(following)
+    assert (big["target"], big["event"]) == ("/big", "request.complete")
+    assert (following["target"], following["side"], following["cause"]) == ("/next", "client", "reset")
+    assert [event["what"] for event in following["events"]] == []
+
+
+def _fill_and_reset(rest: bytes, framing: bytes) -> Script:
+    """An upstream that sends what the client does not take, and resets."""
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n" + rest)
+        time.sleep(0.5)
+        wire.reset()
+
+    return script
+
+
+# More than the proxy's socket and pipe take while the client pauses, and so little more that the other socket has room
+# for it: upstream is through with it, and the proxy is not.
+_STOCK = b"y" * (int(pathlib.Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]) + 1_400_000)
+_RESPONSES = {
+    "length, cut": (_STOCK, b"Content-Length: 90000000", "upstream"),
+    "length, whole": (_STOCK, b"Content-Length: %d" % len(_STOCK), "client"),
+    "chunked, cut": (chunk(_STOCK) + b"5\r\nfo", b"Transfer-Encoding: chunked", "upstream"),
+    "chunked, whole": (chunk(_STOCK) + b"0\r\n\r\n", b"Transfer-Encoding: chunked", "client"),
+    "by the end, cut": (_STOCK, b"Connection: close", "upstream"),
+}
+
+
+@pytest.mark.parametrize("then", ["reset", "limit"])
+@pytest.mark.parametrize("name", _RESPONSES)
+def test_upstream_resets_while_the_client_pauses(name: str, then: str) -> None:
+    """The client leaves only later. It is to blame where all of the response had come by then."""
+    octets, framing, side = _RESPONSES[name]
+    options = ("--client-write-timeout", "1") if then == "limit" else ()
+    with (
+        Upstream(_fill_and_reset(octets, framing)) as upstream,
+        ProxyProcess(upstream.url, *options) as proxy,
+        connect(proxy.address, receive_buffer=4096) as wire,
+    ):
+        wire.send(_HEAD % b"x")
+        wire.read_head()
+        if then == "reset":
+            time.sleep(1.0)
+            wire.reset()
+        record = proxy.next_request()
+        check_record(record)
+    assert record["side"] == side, record["message"]
+    if side == "upstream":
+        assert (record["cause"], record["operation"]) == ("reset", "read")
+        assert record["exception"]["errno"] == "ECONNRESET"
+    else:
+        assert record["cause"] == ("reset" if then == "reset" else "timeout")
+        assert "was still sending" not in record["message"]
+    assert record["phase"] == "response_body"
+
+
+def test_who_reads_on_gets_all_that_upstream_had_sent_before_its_reset() -> None:
+    with (
+        Upstream(_fill_and_reset(_STOCK, b"Content-Length: 90000000")) as upstream,
+        ProxyProcess(upstream.url) as proxy,
+        connect(proxy.address, receive_buffer=4096) as wire,
+    ):
+        wire.send(_HEAD % b"x")
+        wire.read_head()
+        time.sleep(1.0)
+        assert wire.read_to_end() == _STOCK
+        record = proxy.next_request()
+        check_record(record)
+    assert (record["side"], record["cause"], record["phase"]) == ("upstream", "reset", "response_body")
+    assert record["bytes"]["response_body"] == len(_STOCK)
+
+
+@pytest.mark.parametrize("framing", [b"", b"Content-Length: 12\r\n"])
+def test_an_early_answer_with_its_end_under_tls_is_whole_though_a_reset_follows(
+    framing: bytes, certificates: Certificates
+) -> None:
+    """Upstream closes with octets of the request unread, and its kernel resets the connection behind close_notify."""
+
+    def early(wire: Wire) -> None:
+        wire.read_head()
+        time.sleep(0.3)  # in which octets come that nobody reads
+        wire.send(b"HTTP/1.1 413 No\r\n" + framing + b"\r\nwhole answer")
+        wire.end_write()
+        wire.close()
+
+    with (
+        Upstream(early, "tls", tls=certificates.server_context()) as upstream,
+        ProxyProcess(upstream.url, "--upstream-ca", certificates.ca) as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.send(b"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: 30000000\r\n\r\n")
+        wire.send_until_answered(b"z" * 30_000_000)
+        response = wire.read_response()
+        record = proxy.next_request()
+        check_record(record)
+    assert (response.status, response.body) == (413, b"whole answer")
+    assert record["event"] == "request.complete", record["message"]
+
+
+@pytest.mark.parametrize("rest", [b"", b"exit\n"])
+@pytest.mark.parametrize("kind", ["tcp", "tls"])
+def test_a_client_leaves_a_tunnel_that_upstream_has_ended(kind: str, rest: bytes, certificates: Certificates) -> None:
+    """Many say no close_notify then, and some have a few last octets."""
+
+    def bye(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(_SWITCH + b"bye")
+        time.sleep(0.1)
+        wire.close()
+
+    tls = ("--tls-cert", certificates.server) if kind == "tls" else ()
+    context = certificates.client_context() if kind == "tls" else None
+    with Upstream(bye) as upstream, ProxyProcess(upstream.url, *tls) as proxy:
+        for _ in range(3):
+            with connect(proxy.address, context) as wire:
+                wire.send(_UPGRADE)
+                wire.read_head()
+                assert wire.read_to_end() == b"bye"
+                wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # with the end, in one segment
+                if rest:
+                    wire.send(rest)
+        for record in proxy.wait_requests(3):
+            check_record(record)
+            assert record["event"] == "request.complete", record["message"]
+
+
+def test_a_tunnel_that_both_sides_end_in_turn_has_no_other_events() -> None:
+    def echo_once(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(_SWITCH)
+        while wire.read():
+            pass
+        wire.send(b"answer")
+        wire.close()
+
+    with Upstream(echo_once) as upstream, ProxyProcess(upstream.url) as proxy, connect(proxy.address) as wire:
+        wire.send(_UPGRADE)
+        wire.read_head()
+        wire.send(b"stdin")
+        wire.end_write()
+        assert wire.read_to_end() == b"answer"
+        record = proxy.next_request()
+        check_record(record)
+    assert record["event"] == "request.complete"
+    assert [(event["side"], event["what"]) for event in record["events"]] == [
+        ("upstream", "tunnel"),
+        ("client", "fin"),
+        ("upstream", "fin"),
+    ]
+
+
+@pytest.mark.parametrize("orderly", [False, True])
+@pytest.mark.parametrize("behind", [b"", _HEAD % b"next", b"n" * 100_000])
+def test_a_client_ends_while_upstream_is_being_connected(
+    behind: bytes, orderly: bool, certificates: Certificates
+) -> None:
+    """What comes with its end does not hide how it ended."""
+    with (
+        full_listener() as port,
+        ProxyProcess(f"http://127.0.0.1:{port}", "--tls-cert", certificates.server) as proxy,
+        connect(proxy.address, certificates.client_context()) as wire,
+    ):
+        wire.sock.settimeout(0.2)
+        with pytest.raises((TimeoutError, ssl.SSLError, OSError)):
+            wire.read()  # session tickets: unread, they would make a reset of the end
+        wire.sock.settimeout(5)
+        wire.send(_HEAD % b"x")
+        time.sleep(0.2)
+        wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        if behind:
+            wire.send(behind)
+        if orderly:
+            wire.end_write()
+        wire.close()
+        record = proxy.next_request()
+        check_record(record)
+    assert (record["side"], record["phase"]) == ("client", "connect")
+    assert record["cause"] == ("closed" if orderly else "tls")
+
+
+def test_one_more_signal_at_the_very_end_changes_nothing(tmp_path: pathlib.Path) -> None:
+    for _ in range(10):
+        with Upstream(silent) as upstream, ProxyProcess(upstream.url) as proxy:
+            proxy.process.terminate()
+
+            def ended() -> bool:
+                return any(record["event"] == "server.stop" for record in proxy.records())
+
+            wait_until(ended)
+            proxy.process.terminate()
+            assert proxy.process.wait(5) == 0
