@@ -111,6 +111,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
         path = directory / name
         for blob in blobs:
             blob.write_to_path(str(path), append=True)
+        path.chmod(0o600)  # of a key that others may read the proxy would take note
         return str(path)
 
     def issue(ca: trustme.CA, name: str, *identities: str) -> str:
