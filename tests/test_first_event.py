@@ -1,15 +1,19 @@
 """Two ends of one exchange, one behind the other: the first decides, and neither is taken for another kind of end."""
 
+import fcntl
 import pathlib
 import socket
 import ssl
+import struct
+import termios
+import threading
 import time
 
 import pytest
 
 from conftest import Certificates
 from harness import ProxyProcess, check_record, wait_until
-from peers import Script, Upstream, Wire, chunk, connect, full_listener, ok, silent
+from peers import Upstream, Wire, chunk, connect, full_listener, ok, silent
 
 _HEAD = b"GET /%b HTTP/1.1\r\nHost: t\r\n\r\n"
 _UPGRADE = b"GET /x HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
@@ -50,21 +54,37 @@ def test_a_reset_behind_a_large_response_ends_the_next_request(
     assert [event["what"] for event in following["events"]] == []
 
 
-def _fill_and_reset(rest: bytes, framing: bytes) -> Script:
-    """An upstream that sends what the client does not take, and resets."""
+class ResettingUpstream:
+    """Answers with more than all buffers take, and resets when it is told to, with nothing left to send."""
 
-    def script(wire: Wire) -> None:
+    def __init__(self, framing: bytes, octets: bytes) -> None:
+        self.octets = b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n" + octets
+        self.delivered = threading.Event()  # into the proxy's socket
+        self.reset = threading.Event()
+
+    def script(self, wire: Wire) -> None:
+        """The script of the upstream."""
         wire.read_head()
-        wire.send(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n" + rest)
-        time.sleep(0.5)
+        wire.send(self.octets)
+        while struct.unpack("=i", fcntl.ioctl(wire.sock, termios.TIOCOUTQ, b"\0" * 4))[0]:
+            time.sleep(0.001)
+        self.delivered.set()
+        assert self.reset.wait(20)
         wire.reset()
 
-    return script
+    def pause_behind(self, wire: Wire) -> bytes:
+        """Read as a client until all is in the proxy's socket, and let upstream reset then. Returns: what was read."""
+        got = bytearray()
+        while not self.delivered.is_set():
+            got += wire.read(16_384)
+            time.sleep(0.001)  # slower than upstream, so that all buffers are full when it is through
+        time.sleep(0.2)  # the proxy writes until the client's buffer is full
+        self.reset.set()
+        time.sleep(0.2)
+        return bytes(got)
 
 
-# More than the proxy's socket and pipe take while the client pauses, and so little more that the other socket has room
-# for it: upstream is through with it, and the proxy is not.
-_STOCK = b"y" * (int(pathlib.Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]) + 1_400_000)
+_STOCK = b"y" * 20_000_000
 _RESPONSES = {
     "length, cut": (_STOCK, b"Content-Length: 90000000", "upstream"),
     "length, whole": (_STOCK, b"Content-Length: %d" % len(_STOCK), "client"),
@@ -79,16 +99,16 @@ _RESPONSES = {
 def test_upstream_resets_while_the_client_pauses(name: str, then: str) -> None:
     """The client leaves only later. It is to blame where all of the response had come by then."""
     octets, framing, side = _RESPONSES[name]
+    resetting = ResettingUpstream(framing, octets)
     options = ("--client-write-timeout", "1") if then == "limit" else ()
     with (
-        Upstream(_fill_and_reset(octets, framing)) as upstream,
+        Upstream(resetting.script) as upstream,
         ProxyProcess(upstream.url, *options) as proxy,
-        connect(proxy.address, receive_buffer=4096) as wire,
+        connect(proxy.address, receive_buffer=65_536) as wire,
     ):
         wire.send(_HEAD % b"x")
-        wire.read_head()
+        resetting.pause_behind(wire)
         if then == "reset":
-            time.sleep(1.0)
             wire.reset()
         record = proxy.next_request()
         check_record(record)
@@ -103,17 +123,17 @@ def test_upstream_resets_while_the_client_pauses(name: str, then: str) -> None:
 
 
 def test_who_reads_on_gets_all_that_upstream_had_sent_before_its_reset() -> None:
+    resetting = ResettingUpstream(b"Content-Length: 90000000", _STOCK)
     with (
-        Upstream(_fill_and_reset(_STOCK, b"Content-Length: 90000000")) as upstream,
+        Upstream(resetting.script) as upstream,
         ProxyProcess(upstream.url) as proxy,
-        connect(proxy.address, receive_buffer=4096) as wire,
+        connect(proxy.address, receive_buffer=65_536) as wire,
     ):
         wire.send(_HEAD % b"x")
-        wire.read_head()
-        time.sleep(1.0)
-        assert wire.read_to_end() == _STOCK
+        octets = resetting.pause_behind(wire) + wire.read_to_end()
         record = proxy.next_request()
         check_record(record)
+    assert octets.partition(b"\r\n\r\n")[2] == _STOCK
     assert (record["side"], record["cause"], record["phase"]) == ("upstream", "reset", "response_body")
     assert record["bytes"]["response_body"] == len(_STOCK)
 
