@@ -3914,7 +3914,7 @@ worker has ended.
 """
 
 
-# --- proxy/inflight.py, line 19 ---
+# --- proxy/inflight.py, line 20 ---
 
 # A slot begins with whether a request is in flight, and when its first byte came; then phase, status (0: none),
 # announced length of the body of its response (-1: none), six counts as in the field "bytes", and its id.
@@ -3929,6 +3929,8 @@ _CONNECTION_AT, _CONNECTION = 222, struct.Struct("=HH")
 _CONNECTION_TEXT_AT = 226
 _HEAD_TEXT_AT = 400
 _ROOM = 1024
+# The slots of a worker stand behind the number of those that were made, which has the room of one.
+_MADE = struct.Struct("=Q")
 _MOST_METHOD = 128
 # Memory that all slots of all workers may take, if each was used. Requests on connections beyond it are counted where a
 # worker dies, and not described.
@@ -4099,24 +4101,32 @@ class Slot:
 class SlotStore:
     """The free slots of one worker. Made in the worker: what an earlier process in its place held is free again."""
 
-    def __init__(self, memory: mmap.mmap, first: int, count: int) -> None:
-        """Take the slots ``first`` to ``first + count`` of ``memory``."""
+    def __init__(self, memory: mmap.mmap, at: int, most: int) -> None:
+        """``at`` is where in ``memory`` the place for the number of slots begins; ``most`` of them follow."""
         self._memory = memory
-        self._fresh = iter(range(first, first + count))  # made into slots when first wanted
+        self._at = at
+        self._most = most
+        self._made = 0  # slots are made when first wanted
         self._free: list[Slot] = []
+        self._lock = threading.Lock()  # guards _made
+        _MADE.pack_into(memory, at, 0)
 
     def take(self, connection_id: str, client: str) -> Slot:
         """Returns: a slot for a connection; where none is free, one that nobody else ever sees."""
         try:
             slot = self._free.pop()
         except IndexError:
-            number = next(self._fresh, None)
-            if number is None:
-                slot = Slot(bytearray(_ROOM), 0, is_shared=False)
-            else:
-                slot = Slot(self._memory, number * _ROOM, is_shared=True)
+            slot = self._make()
         slot.hold(connection_id, client)
         return slot
+
+    def _make(self) -> Slot:
+        with self._lock:
+            if self._made == self._most:
+                return Slot(bytearray(_ROOM), 0, is_shared=False)
+            self._made += 1
+            _MADE.pack_into(self._memory, self._at, self._made)
+            return Slot(self._memory, self._at + self._made * _ROOM, is_shared=True)
 
     def give(self, slot: Slot) -> None:
         """Take back the slot of a connection that has ended."""
@@ -4130,22 +4140,28 @@ class InFlightTable:
     def __init__(self, workers: int, most_connections: int) -> None:
         """``most_connections`` is what one worker may hold at once."""
         self._each = min(most_connections, _MOST_MEMORY // _ROOM // workers)
-        self._memory = mmap.mmap(-1, workers * self._each * _ROOM)  # a page takes memory when first written to
+        # A page takes memory when it is first read or written: only as far as slots were made.
+        self._memory = mmap.mmap(-1, workers * (1 + self._each) * _ROOM)
 
     def slots(self, worker: int) -> SlotStore:
         """Returns: the slots of one worker. Call it in that worker."""
-        return SlotStore(self._memory, worker * self._each, self._each)
+        return SlotStore(self._memory, self._at(worker), self._each)
 
     def left_by(self, worker: int) -> list[InFlight]:
         """Returns: what was in flight in a worker that has ended. Empties its slots."""
         found = []
-        for number in range(worker * self._each, (worker + 1) * self._each):
-            slot = Slot(self._memory, number * _ROOM, is_shared=True)
+        at = self._at(worker)
+        (made,) = _MADE.unpack_from(self._memory, at)
+        for number in range(1, made + 1):
+            slot = Slot(self._memory, at + number * _ROOM, is_shared=True)
             request = slot.read()
             if request is not None:
                 slot.end()
                 found.append(request)
         return found
+
+    def _at(self, worker: int) -> int:
+        return worker * (1 + self._each) * _ROOM
 
 
 # --- proxy/reply.py, line 1 ---
@@ -4224,7 +4240,7 @@ handshakes run in ``exchange``, those of upstream in ``upstream``.
 """
 
 
-# --- proxy/tls.py, line 17 ---
+# --- proxy/tls.py, line 18 ---
 
 def server_context(settings: Settings) -> ssl.SSLContext | None:
     """Make the context that serves clients: TLS 1.2 and 1.3, ``http/1.1`` only, client certificates where a CA for
@@ -4307,15 +4323,14 @@ def certificate_notes(settings: Settings) -> list[str]:
         if cert is None:
             continue
         path = key or cert
-        try:
+        # It was read a moment ago: where that fails now, whoever renews it is at work.
+        with contextlib.suppress(OSError):
             problem = _time_problem(cert, key)
-            mode = os.stat(path).st_mode
-        except OSError:
-            continue  # it was read a moment ago, and whoever renews it is at work
-        if problem is not None:
-            notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
-        if mode & 0o004:
-            notes.append(f"the key in {path!r} can be read by every user; chmod o-r mends it")
+            if problem is not None:
+                notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mode & 0o004:
+                notes.append(f"the key in {path!r} can be read by every user; chmod o-r mends it")
     return notes
 
 
@@ -5402,7 +5417,6 @@ class Relay:
         "head_octets",
         "hung_up_ahead",
         "last_byte_at",
-        "lost",
         "memory",
         "message_stream",
         "pipes",
@@ -5466,10 +5480,9 @@ class Relay:
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
-        # Why nothing more comes from upstream, seen while what had come before waited for the client; judged when that
-        # is gone.
-        self.lost: Abort | None = None
-        self.hung_up_ahead = False  # poll has said so, and is not asked again
+        # Upstream's connection has failed, or both its directions have ended, while what came before waits for the
+        # client. Its error is not asked for: that would take it, and a read behind the last octet then shows an end.
+        self.hung_up_ahead = False
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
@@ -5654,8 +5667,8 @@ class Relay:
             if upstream_ready or (due_at is not None and upstream.has_unread):
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
-                if response.pending and upstream_ready & FAILED and not self.hung_up_ahead:
-                    self._see_upstream_fail()
+                if response.pending and upstream_ready & FAILED:
+                    self.hung_up_ahead = True  # it would end each wait at once
                 if (
                     not response.pending
                     and not response.finished
@@ -6042,41 +6055,50 @@ class Relay:
 
     def _upstream_failed(self, error: OSError) -> Abort:
         """Returns: the abort of a read from upstream that failed; the first error wins."""
-        if self.lost is not None:
-            return self.lost
         if self.broken is not None and not refuses_certificate(error):
             return self.broken
         assert self.upstream is not None
         return self._abort(self.upstream, Operation.READ, error)
 
-    def _see_upstream_fail(self) -> None:
-        """Upstream's connection has failed while the client has yet to take what came before: keep the kernel's reason,
-        which is told once, and go on with what is there.
-        """
-        assert self.upstream is not None
-        self.hung_up_ahead = True
-        number = self.upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number and self.broken is None:
-            self.lost = self._abort(self.upstream, Operation.READ, OSError(number, os.strerror(number)))
-
     def first_of(self, abort: Abort) -> Abort:
-        """Returns: the abort that decides, where the client's comes after upstream's failure: that one, unless upstream
-        had sent all of the response by then.
+        """Returns: the abort that decides: where the client's came after upstream had failed in the middle of its
+        response, that failure, for which all that upstream had sent before is read.
         """
-        if self.lost is None or abort.side is not Side.CLIENT or self._has_come_whole():
+        if abort.side is not Side.CLIENT or not self.hung_up_ahead:
             return abort
-        return self.lost
-
-    def _has_come_whole(self) -> bool:
-        """Read what upstream had sent before it failed. Returns: whether it ends the response."""
-        framing = copy.deepcopy(self.response.framing)
         assert self.upstream is not None
+        framing = copy.deepcopy(self.response.framing)
         try:
-            while not framing.complete and (octets := self.upstream.read(_BULK_BUFFER, NO_WAIT)):
-                framing.feed(octets, 0, len(octets))
-        except (OSError, MalformedMessage):
-            return False
-        return framing.complete and not framing.ends_with_connection
+            while octets := self.upstream.read(_BULK_BUFFER, NO_WAIT):
+                if self.response_head is not None:
+                    framing.feed(octets, 0, len(octets))
+                    if framing.complete:
+                        return abort
+            self._refuse_false_end()
+        except (BlockingIOError, MalformedMessage):
+            return abort
+        except OSError as error:
+            return self._upstream_failed(error)
+        except Abort as broken:
+            return broken
+        if self.response_head is not None and framing.ends_with_connection:
+            return abort
+        return Abort(Side.UPSTREAM, self.phase_of(Side.UPSTREAM, Operation.READ), Operation.READ, Cause.CLOSED)
+
+    def _refuse_false_end(self) -> None:
+        """Behind the last octet that was read: raise what a write has met, if the end that a read then shows is none
+        that upstream has sent, since a socket tells its error once. Raises: Abort.
+        """
+        broken = self.broken
+        if (
+            broken is not None
+            and broken.original is not None
+            # A reset behind a FIN: that end was one. (A unix socket has EPIPE for a write, and tells a read the reset.)
+            and not isinstance(broken.original, BrokenPipeError)
+            # Under TLS the end that is read is close_notify, which upstream has sent.
+            and not isinstance(self.upstream, TlsEndpoint)
+        ):
+            raise broken from broken.original
 
     def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
         """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
@@ -6109,17 +6131,7 @@ class Relay:
         of too little.
         """
         response = self.response
-        if self.lost is not None:
-            raise self.lost from self.lost.original
-        assert self.upstream is not None
-        if (
-            self.broken is not None
-            and isinstance(self.broken.original, ConnectionResetError)
-            and self.upstream.can_splice  # under TLS this end is close_notify, which upstream has sent
-        ):
-            # The write has taken the kernel's notice of the reset, and a read then shows an end that upstream never
-            # sent. (A reset behind a FIN is EPIPE: that end was one.)
-            raise self.broken from self.broken.original
+        self._refuse_false_end()
         if self.response_head is not None and response.framing.ends_with_connection:
             response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False
@@ -6700,7 +6712,7 @@ class Record:
     def forget(self) -> None:
         """Let go of the frames in its abort's traceback, which hold this record in turn. Call it after the event."""
         assert self.abort is not None
-        self.abort.__traceback__ = None
+        self.abort.__traceback__ = self.abort.__context__ = None
         if self.abort.original is not None:
             self.abort.original.__traceback__ = None
             self.abort.original.__context__ = None
@@ -7073,8 +7085,8 @@ class Record:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        if relay.response.framing.complete or relay.lost is not None:
-            state = "had sent all of it"  # of a client's abort: else upstream's loss would have decided
+        if relay.response.framing.complete or relay.hung_up_ahead:
+            state = "had sent all of it"  # of a client's abort: else upstream's failure would have decided
         else:
             state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""
@@ -8039,20 +8051,22 @@ class ClientConnection:
         """Read what the client sends under TLS while upstream is being connected: a portion, or all that has come, as
         only what is behind it tells how the client has ended. Raises: Abort at its end.
         """
-        while to_its_end or len(self._residue) < _HEAD_READ:
-            try:
+        parts = [self._residue]
+        try:
+            while to_its_end or (len(parts) == 1 and len(self._residue) < _HEAD_READ):
                 octets = self.client.read(_HEAD_READ, NO_WAIT)
-            except BlockingIOError:
-                return  # what came was TLS's own, or a part of a record
-            except OSError as error:
-                limit = dead_peer_limit(self.settings, self.client)
-                raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
-            if not octets:
-                raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
-            self._residue += octets
-            self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
-            if not to_its_end:
-                return
+                if not octets:
+                    raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
+                parts.append(octets)
+        except BlockingIOError:
+            pass  # what came was TLS's own, or a part of a record
+        except OSError as error:
+            limit = dead_peer_limit(self.settings, self.client)
+            raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
+        finally:
+            if len(parts) > 1:
+                self._residue = b"".join(parts)
+                self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""

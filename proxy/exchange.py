@@ -867,20 +867,22 @@ class ClientConnection:
         """Read what the client sends under TLS while upstream is being connected: a portion, or all that has come, as
         only what is behind it tells how the client has ended. Raises: Abort at its end.
         """
-        while to_its_end or len(self._residue) < _HEAD_READ:
-            try:
+        parts = [self._residue]
+        try:
+            while to_its_end or (len(parts) == 1 and len(self._residue) < _HEAD_READ):
                 octets = self.client.read(_HEAD_READ, NO_WAIT)
-            except BlockingIOError:
-                return  # what came was TLS's own, or a part of a record
-            except OSError as error:
-                limit = dead_peer_limit(self.settings, self.client)
-                raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
-            if not octets:
-                raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
-            self._residue += octets
-            self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
-            if not to_its_end:
-                return
+                if not octets:
+                    raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
+                parts.append(octets)
+        except BlockingIOError:
+            pass  # what came was TLS's own, or a part of a record
+        except OSError as error:
+            limit = dead_peer_limit(self.settings, self.client)
+            raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
+        finally:
+            if len(parts) > 1:
+                self._residue = b"".join(parts)
+                self.waiter.slot.count(self._own_octets(head, body + self._residue)[0], 0, 0, 0, 0, 0)
 
     def _return_lease(self, relay: Relay, connection: AnyConnection, pool: AnyPool) -> None:
         """The response is whole: keep the upstream connection if it stands between two messages, else close it."""

@@ -11,6 +11,7 @@ worker has ended.
 import dataclasses
 import mmap
 import struct
+import threading
 
 from .head import RequestHead
 from .masking import mask_secrets
@@ -29,6 +30,8 @@ _CONNECTION_AT, _CONNECTION = 222, struct.Struct("=HH")
 _CONNECTION_TEXT_AT = 226
 _HEAD_TEXT_AT = 400
 _ROOM = 1024
+# The slots of a worker stand behind the number of those that were made, which has the room of one.
+_MADE = struct.Struct("=Q")
 _MOST_METHOD = 128
 # Memory that all slots of all workers may take, if each was used. Requests on connections beyond it are counted where a
 # worker dies, and not described.
@@ -199,24 +202,32 @@ class Slot:
 class SlotStore:
     """The free slots of one worker. Made in the worker: what an earlier process in its place held is free again."""
 
-    def __init__(self, memory: mmap.mmap, first: int, count: int) -> None:
-        """Take the slots ``first`` to ``first + count`` of ``memory``."""
+    def __init__(self, memory: mmap.mmap, at: int, most: int) -> None:
+        """``at`` is where in ``memory`` the place for the number of slots begins; ``most`` of them follow."""
         self._memory = memory
-        self._fresh = iter(range(first, first + count))  # made into slots when first wanted
+        self._at = at
+        self._most = most
+        self._made = 0  # slots are made when first wanted
         self._free: list[Slot] = []
+        self._lock = threading.Lock()  # guards _made
+        _MADE.pack_into(memory, at, 0)
 
     def take(self, connection_id: str, client: str) -> Slot:
         """Returns: a slot for a connection; where none is free, one that nobody else ever sees."""
         try:
             slot = self._free.pop()
         except IndexError:
-            number = next(self._fresh, None)
-            if number is None:
-                slot = Slot(bytearray(_ROOM), 0, is_shared=False)
-            else:
-                slot = Slot(self._memory, number * _ROOM, is_shared=True)
+            slot = self._make()
         slot.hold(connection_id, client)
         return slot
+
+    def _make(self) -> Slot:
+        with self._lock:
+            if self._made == self._most:
+                return Slot(bytearray(_ROOM), 0, is_shared=False)
+            self._made += 1
+            _MADE.pack_into(self._memory, self._at, self._made)
+            return Slot(self._memory, self._at + self._made * _ROOM, is_shared=True)
 
     def give(self, slot: Slot) -> None:
         """Take back the slot of a connection that has ended."""
@@ -230,19 +241,25 @@ class InFlightTable:
     def __init__(self, workers: int, most_connections: int) -> None:
         """``most_connections`` is what one worker may hold at once."""
         self._each = min(most_connections, _MOST_MEMORY // _ROOM // workers)
-        self._memory = mmap.mmap(-1, workers * self._each * _ROOM)  # a page takes memory when first written to
+        # A page takes memory when it is first read or written: only as far as slots were made.
+        self._memory = mmap.mmap(-1, workers * (1 + self._each) * _ROOM)
 
     def slots(self, worker: int) -> SlotStore:
         """Returns: the slots of one worker. Call it in that worker."""
-        return SlotStore(self._memory, worker * self._each, self._each)
+        return SlotStore(self._memory, self._at(worker), self._each)
 
     def left_by(self, worker: int) -> list[InFlight]:
         """Returns: what was in flight in a worker that has ended. Empties its slots."""
         found = []
-        for number in range(worker * self._each, (worker + 1) * self._each):
-            slot = Slot(self._memory, number * _ROOM, is_shared=True)
+        at = self._at(worker)
+        (made,) = _MADE.unpack_from(self._memory, at)
+        for number in range(1, made + 1):
+            slot = Slot(self._memory, at + number * _ROOM, is_shared=True)
             request = slot.read()
             if request is not None:
                 slot.end()
                 found.append(request)
         return found
+
+    def _at(self, worker: int) -> int:
+        return worker * (1 + self._each) * _ROOM

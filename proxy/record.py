@@ -233,7 +233,7 @@ class Record:
     def forget(self) -> None:
         """Let go of the frames in its abort's traceback, which hold this record in turn. Call it after the event."""
         assert self.abort is not None
-        self.abort.__traceback__ = None
+        self.abort.__traceback__ = self.abort.__context__ = None
         if self.abort.original is not None:
             self.abort.original.__traceback__ = None
             self.abort.original.__context__ = None
@@ -606,8 +606,8 @@ class Record:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        if relay.response.framing.complete or relay.lost is not None:
-            state = "had sent all of it"  # of a client's abort: else upstream's loss would have decided
+        if relay.response.framing.complete or relay.hung_up_ahead:
+            state = "had sent all of it"  # of a client's abort: else upstream's failure would have decided
         else:
             state = "was still sending" if counts["response_body"] else "had not ended it"
         doing = f", {upstream} {state}" if abort.side is not Side.UPSTREAM else ""

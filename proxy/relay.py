@@ -20,7 +20,7 @@ import typing
 from .aborts import Abort, malformed_request, malformed_response, refuses_certificate, socket_abort
 from .config import Settings
 from .docker import hijacks, is_message_stream
-from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
+from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint, TlsEndpoint
 from .fields import PreparedRequest, prepare_response, serialize_response, upgrade_lines, upgrade_protocols
 from .framing import (
     CRLF,
@@ -244,7 +244,6 @@ class Relay:
         "head_octets",
         "hung_up_ahead",
         "last_byte_at",
-        "lost",
         "memory",
         "message_stream",
         "pipes",
@@ -308,10 +307,9 @@ class Relay:
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
-        # Why nothing more comes from upstream, seen while what had come before waited for the client; judged when that
-        # is gone.
-        self.lost: Abort | None = None
-        self.hung_up_ahead = False  # poll has said so, and is not asked again
+        # Upstream's connection has failed, or both its directions have ended, while what came before waits for the
+        # client. Its error is not asked for: that would take it, and a read behind the last octet then shows an end.
+        self.hung_up_ahead = False
         self.body_reads = (
             0  # reads of the request body beyond what came with the head: those octets can't be sent again
         )
@@ -496,8 +494,8 @@ class Relay:
             if upstream_ready or (due_at is not None and upstream.has_unread):
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
-                if response.pending and upstream_ready & FAILED and not self.hung_up_ahead:
-                    self._see_upstream_fail()
+                if response.pending and upstream_ready & FAILED:
+                    self.hung_up_ahead = True  # it would end each wait at once
                 if (
                     not response.pending
                     and not response.finished
@@ -884,41 +882,50 @@ class Relay:
 
     def _upstream_failed(self, error: OSError) -> Abort:
         """Returns: the abort of a read from upstream that failed; the first error wins."""
-        if self.lost is not None:
-            return self.lost
         if self.broken is not None and not refuses_certificate(error):
             return self.broken
         assert self.upstream is not None
         return self._abort(self.upstream, Operation.READ, error)
 
-    def _see_upstream_fail(self) -> None:
-        """Upstream's connection has failed while the client has yet to take what came before: keep the kernel's reason,
-        which is told once, and go on with what is there.
-        """
-        assert self.upstream is not None
-        self.hung_up_ahead = True
-        number = self.upstream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if number and self.broken is None:
-            self.lost = self._abort(self.upstream, Operation.READ, OSError(number, os.strerror(number)))
-
     def first_of(self, abort: Abort) -> Abort:
-        """Returns: the abort that decides, where the client's comes after upstream's failure: that one, unless upstream
-        had sent all of the response by then.
+        """Returns: the abort that decides: where the client's came after upstream had failed in the middle of its
+        response, that failure, for which all that upstream had sent before is read.
         """
-        if self.lost is None or abort.side is not Side.CLIENT or self._has_come_whole():
+        if abort.side is not Side.CLIENT or not self.hung_up_ahead:
             return abort
-        return self.lost
-
-    def _has_come_whole(self) -> bool:
-        """Read what upstream had sent before it failed. Returns: whether it ends the response."""
-        framing = copy.deepcopy(self.response.framing)
         assert self.upstream is not None
+        framing = copy.deepcopy(self.response.framing)
         try:
-            while not framing.complete and (octets := self.upstream.read(_BULK_BUFFER, NO_WAIT)):
-                framing.feed(octets, 0, len(octets))
-        except (OSError, MalformedMessage):
-            return False
-        return framing.complete and not framing.ends_with_connection
+            while octets := self.upstream.read(_BULK_BUFFER, NO_WAIT):
+                if self.response_head is not None:
+                    framing.feed(octets, 0, len(octets))
+                    if framing.complete:
+                        return abort
+            self._refuse_false_end()
+        except (BlockingIOError, MalformedMessage):
+            return abort
+        except OSError as error:
+            return self._upstream_failed(error)
+        except Abort as broken:
+            return broken
+        if self.response_head is not None and framing.ends_with_connection:
+            return abort
+        return Abort(Side.UPSTREAM, self.phase_of(Side.UPSTREAM, Operation.READ), Operation.READ, Cause.CLOSED)
+
+    def _refuse_false_end(self) -> None:
+        """Behind the last octet that was read: raise what a write has met, if the end that a read then shows is none
+        that upstream has sent, since a socket tells its error once. Raises: Abort.
+        """
+        broken = self.broken
+        if (
+            broken is not None
+            and broken.original is not None
+            # A reset behind a FIN: that end was one. (A unix socket has EPIPE for a write, and tells a read the reset.)
+            and not isinstance(broken.original, BrokenPipeError)
+            # Under TLS the end that is read is close_notify, which upstream has sent.
+            and not isinstance(self.upstream, TlsEndpoint)
+        ):
+            raise broken from broken.original
 
     def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
         """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
@@ -951,17 +958,7 @@ class Relay:
         of too little.
         """
         response = self.response
-        if self.lost is not None:
-            raise self.lost from self.lost.original
-        assert self.upstream is not None
-        if (
-            self.broken is not None
-            and isinstance(self.broken.original, ConnectionResetError)
-            and self.upstream.can_splice  # under TLS this end is close_notify, which upstream has sent
-        ):
-            # The write has taken the kernel's notice of the reset, and a read then shows an end that upstream never
-            # sent. (A reset behind a FIN is EPIPE: that end was one.)
-            raise self.broken from self.broken.original
+        self._refuse_false_end()
         if self.response_head is not None and response.framing.ends_with_connection:
             response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False

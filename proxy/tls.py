@@ -2,6 +2,7 @@
 handshakes run in ``exchange``, those of upstream in ``upstream``.
 """
 
+import contextlib
 import os
 import ssl
 import stat
@@ -95,15 +96,14 @@ def certificate_notes(settings: Settings) -> list[str]:
         if cert is None:
             continue
         path = key or cert
-        try:
+        # It was read a moment ago: where that fails now, whoever renews it is at work.
+        with contextlib.suppress(OSError):
             problem = _time_problem(cert, key)
-            mode = os.stat(path).st_mode
-        except OSError:
-            continue  # it was read a moment ago, and whoever renews it is at work
-        if problem is not None:
-            notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
-        if mode & 0o004:
-            notes.append(f"the key in {path!r} can be read by every user; chmod o-r mends it")
+            if problem is not None:
+                notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mode & 0o004:
+                notes.append(f"the key in {path!r} can be read by every user; chmod o-r mends it")
     return notes
 
 

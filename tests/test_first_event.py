@@ -55,10 +55,11 @@ def test_a_reset_behind_a_large_response_ends_the_next_request(
 
 
 class ResettingUpstream:
-    """Answers with more than all buffers take, and resets when it is told to, with nothing left to send."""
+    """Answers with more than all buffers take, and resets when it is told to, with nothing left to send; or closes."""
 
-    def __init__(self, framing: bytes, octets: bytes) -> None:
+    def __init__(self, framing: bytes, octets: bytes, *, closes: bool = False) -> None:
         self.octets = b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n" + octets
+        self.closes = closes
         self.delivered = threading.Event()  # into the proxy's socket
         self.reset = threading.Event()
 
@@ -70,7 +71,11 @@ class ResettingUpstream:
             time.sleep(0.001)
         self.delivered.set()
         assert self.reset.wait(20)
-        wire.reset()
+        if self.closes:
+            wire.end_write()
+            wire.close()
+        else:
+            wire.reset()
 
     def pause_behind(self, wire: Wire) -> bytes:
         """Read as a client until all is in the proxy's socket, and let upstream reset then. Returns: what was read."""
@@ -136,6 +141,124 @@ def test_who_reads_on_gets_all_that_upstream_had_sent_before_its_reset() -> None
     assert octets.partition(b"\r\n\r\n")[2] == _STOCK
     assert (record["side"], record["cause"], record["phase"]) == ("upstream", "reset", "response_body")
     assert record["bytes"]["response_body"] == len(_STOCK)
+
+
+@pytest.mark.parametrize("then", ["reads", "resets"])
+@pytest.mark.parametrize("kind", ["tunnel", "upload"])
+def test_a_late_octet_behind_upstreams_end_takes_nothing_of_what_came_before(kind: str, then: str) -> None:
+    """Upstream has sent everything and closed in order; what the client still sends is answered with a reset, while the
+    client has yet to read.
+    """
+    upstream_is = ResettingUpstream(b"Connection: close", _STOCK, closes=True)
+    if kind == "tunnel":
+        upstream_is.octets = _SWITCH + _STOCK
+    head = _UPGRADE if kind == "tunnel" else b"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: 900\r\n\r\n"
+    with (
+        Upstream(upstream_is.script) as upstream,
+        ProxyProcess(upstream.url) as proxy,
+        connect(proxy.address, receive_buffer=65_536) as wire,
+    ):
+        wire.send(head)
+        octets = upstream_is.pause_behind(wire)
+        for _ in range(3):
+            wire.send(b"late")
+            time.sleep(0.1)
+        if then == "reads":
+            octets += wire.read_to_end()
+            assert wire.end == "fin"
+        else:
+            wire.reset()
+        record = proxy.next_request()
+        check_record(record)
+    if then == "reads":
+        assert octets.partition(b"\r\n\r\n")[2] == _STOCK
+        assert record["event"] == "request.complete", record["message"]
+    else:
+        assert (record["side"], record["cause"]) == ("client", "reset"), record["message"]
+
+
+def test_close_notify_behind_a_paused_client_is_an_end_though_a_reset_follows(certificates: Certificates) -> None:
+    upstream_is = ResettingUpstream(b"Connection: close", _STOCK[:8_000_000], closes=True)
+    with (
+        Upstream(upstream_is.script, "tls", tls=certificates.server_context()) as upstream,
+        ProxyProcess(upstream.url, "--upstream-ca", certificates.ca) as proxy,
+        connect(proxy.address, receive_buffer=65_536) as wire,
+    ):
+        wire.send(
+            b"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: 900000\r\n\r\n" + b"z" * 100_000
+        )  # which it never reads
+        octets = upstream_is.pause_behind(wire)
+        wire.send(b"late")
+        time.sleep(0.1)
+        octets += wire.read_to_end()
+        assert wire.end == "fin"
+        record = proxy.next_request()
+        check_record(record)
+    assert octets.partition(b"\r\n\r\n")[2] == _STOCK[:8_000_000]
+    assert record["event"] == "request.complete", record["message"]
+
+
+@pytest.mark.parametrize("kind", ["tunnel", "upload"])
+def test_a_unix_upstream_that_dies_with_octets_unread_does_not_look_like_an_end(kind: str) -> None:
+    """A write is told EPIPE, and the read behind the last octet the reset."""
+    sent = 0
+    begun, done = threading.Event(), threading.Event()
+
+    def die(wire: Wire) -> None:
+        nonlocal sent
+        wire.read_head()
+        begun.set()
+        wire.send(_SWITCH if kind == "tunnel" else b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        sent = wire.fill()  # until the paused client holds all up
+        wire.close()
+        done.set()
+
+    head = _UPGRADE if kind == "tunnel" else b"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: 90000000\r\n\r\n"
+    with (
+        Upstream(die, "unix") as upstream,
+        ProxyProcess(upstream.url) as proxy,
+        connect(proxy.address, receive_buffer=65_536) as wire,
+    ):
+        wire.send(head)
+        assert begun.wait(20)
+        if kind == "tunnel":
+            wire.read_head()
+        for _ in range(3):
+            wire.send(b"z" * 10_000)  # which it never reads
+        assert done.wait(20)
+        wire.send(b"late")
+        time.sleep(0.3)
+        octets = wire.read_to_end()
+        assert wire.end == "reset"
+        record = proxy.next_request()
+        check_record(record)
+    assert (record["side"], record["cause"]) == ("upstream", "reset"), record["message"]
+    content = octets if kind == "tunnel" else octets.partition(b"\r\n\r\n")[2]
+    assert len(content) <= sent
+
+
+def test_relays_that_ended_so_are_not_held() -> None:
+    """Two aborts of one exchange must not hold each other: memory would wait for the collector."""
+    resetting = [ResettingUpstream(b"Content-Length: 90000000", _STOCK[:9_000_000]) for _ in range(12)]
+    at = iter(resetting)
+    with Upstream(lambda wire: next(at).script(wire)) as upstream, ProxyProcess(upstream.url) as proxy:
+        (worker,) = proxy.worker_pids()
+
+        def resident() -> int:
+            pages = pathlib.Path(f"/proc/{worker}/statm").read_text().split()[1]
+            return int(pages) * 4096
+
+        before = 0
+        for number, each in enumerate(resetting):
+            with connect(proxy.address, receive_buffer=65_536) as wire:
+                wire.send(_HEAD % b"x")
+                each.pause_behind(wire)
+                wire.reset()
+            proxy.wait_requests(number + 1)
+            if number == 3:
+                before = resident()
+        assert {record["side"] for record in proxy.requests()} == {"upstream"}
+        assert resident() - before < 3_000_000
 
 
 @pytest.mark.parametrize("framing", [b"", b"Content-Length: 12\r\n"])
