@@ -4323,7 +4323,7 @@ def certificate_notes(settings: Settings) -> list[str]:
         if cert is None:
             continue
         path = key or cert
-        # It was read a moment ago: where that fails now, whoever renews it is at work.
+        # Both files were read a moment ago: where one of these two looks fails now, whoever renews them is at work.
         with contextlib.suppress(OSError):
             problem = _time_problem(cert, key)
             if problem is not None:
@@ -6067,13 +6067,17 @@ class Relay:
         if abort.side is not Side.CLIENT or not self.hung_up_ahead:
             return abort
         assert self.upstream is not None
+        is_final = self.response_head is not None  # or what waits for the client is interim, and has no framing
         framing = copy.deepcopy(self.response.framing)
         try:
-            while octets := self.upstream.read(_BULK_BUFFER, NO_WAIT):
-                if self.response_head is not None:
+            while not (is_final and framing.complete):
+                octets = self.upstream.read(_BULK_BUFFER, NO_WAIT)
+                if not octets:
+                    break
+                if is_final:
                     framing.feed(octets, 0, len(octets))
-                    if framing.complete:
-                        return abort
+            else:
+                return abort  # all of it had come
             self._refuse_false_end()
         except (BlockingIOError, MalformedMessage):
             return abort
@@ -6081,7 +6085,7 @@ class Relay:
             return self._upstream_failed(error)
         except Abort as broken:
             return broken
-        if self.response_head is not None and framing.ends_with_connection:
+        if is_final and framing.ends_with_connection:
             return abort
         return Abort(Side.UPSTREAM, self.phase_of(Side.UPSTREAM, Operation.READ), Operation.READ, Cause.CLOSED)
 

@@ -96,7 +96,7 @@ def certificate_notes(settings: Settings) -> list[str]:
         if cert is None:
             continue
         path = key or cert
-        # It was read a moment ago: where that fails now, whoever renews it is at work.
+        # Both files were read a moment ago: where one of these two looks fails now, whoever renews them is at work.
         with contextlib.suppress(OSError):
             problem = _time_problem(cert, key)
             if problem is not None:

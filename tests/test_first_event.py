@@ -14,6 +14,14 @@ import pytest
 from conftest import Certificates
 from harness import ProxyProcess, check_record, wait_until
 from peers import Upstream, Wire, chunk, connect, full_listener, ok, silent
+from proxy.aborts import Abort
+from proxy.config import load_settings
+from proxy.endpoint import Endpoint
+from proxy.framing import NO_BODY, LengthFraming
+from proxy.head import SectionMemory, parse_response_head
+from proxy.kernel import reset_on_close
+from proxy.relay import Flow, Relay
+from proxy.vocabulary import Cause, Operation, Phase, Side
 
 _HEAD = b"GET /%b HTTP/1.1\r\nHost: t\r\n\r\n"
 _UPGRADE = b"GET /x HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
@@ -380,3 +388,25 @@ def test_one_more_signal_at_the_very_end_changes_nothing(tmp_path: pathlib.Path)
             wait_until(ended)
             proxy.process.terminate()
             assert proxy.process.wait(5) == 0
+
+
+@pytest.mark.parametrize(("length", "side"), [(5, Side.CLIENT), (6, Side.UPSTREAM)])
+def test_a_response_that_is_read_whole_is_no_matter_of_upstreams_any_more(length: int, side: Side) -> None:
+    """All five octets were read and wait for the client; then upstream's connection is reset, and then the client's."""
+    settings = load_settings(["--upstream", "http://127.0.0.1:1"], {})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = socket.create_connection(listener.getsockname())
+        sock, _ = listener.accept()
+    with sock:
+        reset_on_close(peer)
+        peer.close()
+        relay = Relay.__new__(Relay)
+        relay.settings, relay.upstream = settings, Endpoint(sock, Side.UPSTREAM, "upstream", None)
+        relay.tunnel, relay.broken, relay.hung_up_ahead = False, None, True
+        relay.request, relay.response = Flow(NO_BODY), Flow(LengthFraming(length))
+        relay.response.framing.skip(5)
+        relay.response_head = parse_response_head(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", SectionMemory())
+        abort = Abort(Side.CLIENT, Phase.RESPONSE_BODY, Operation.WRITE, Cause.RESET)
+        decides = relay.first_of(abort)
+    assert decides.side is side
+    assert decides.cause is Cause.RESET
