@@ -947,6 +947,8 @@ ENDLESS = 1 << 62
 
 Octets = bytes | bytearray
 Mark = tuple[int, int, int, bytes]
+# Where a framing stands that nothing was fed yet, or that stands between two chunks.
+FRESH: Mark = (0, 0, 0, b"")
 
 
 class NoBody:
@@ -958,11 +960,15 @@ class NoBody:
     ends_with_connection = False
     between_chunks = True
     undecided = 0
-    mark: Mark = (0, 0, 0, b"")
+    mark: Mark = FRESH
 
     def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
         """Returns: ``start``, as nothing belongs to the body."""
         return start
+
+    def take_whole(self, octets: bytes) -> bool:
+        """Returns: False, as nothing belongs to the body."""
+        return False
 
     def opaque(self) -> int:
         """Returns: 0: no octet may pass unlooked at."""
@@ -1004,6 +1010,18 @@ class LengthFraming:
             contents.append((start, start + count))
         return start + count
 
+    def take_whole(self, octets: bytes) -> bool:
+        """Take the octets if the message goes on behind them.
+
+        Returns: False where that is for ``feed`` to say; nothing has changed, then.
+        """
+        count = len(octets)
+        if count >= self.remaining:
+            return False
+        self.remaining -= count
+        self.content += count
+        return True
+
     def opaque(self) -> int:
         """Returns: how many of the next octets are content whatever they are."""
         return self.remaining
@@ -1017,7 +1035,7 @@ class LengthFraming:
     @property
     def mark(self) -> Mark:
         """Where the framing stood; see ``content_between``."""
-        return (0, 0, 0, b"")
+        return FRESH
 
     def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
         """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
@@ -1041,6 +1059,11 @@ class ConnectionFraming(LengthFraming):
         if contents is not None:
             contents.append((start, end))
         return end
+
+    def take_whole(self, octets: bytes) -> bool:
+        """Take the octets. Returns: True."""
+        self.content += len(octets)
+        return True
 
     def skip(self, count: int) -> None:
         """Take ``count`` octets as passed."""
@@ -1191,6 +1214,23 @@ class ChunkedFraming:
                 self._take_trailer_line(bytes(line), at - start)
             at = line_end + 1
         return at
+
+    def take_whole(self, octets: bytes) -> bool:
+        """Take the octets if they are one chunk, whole, as a sender writes that says something now and then.
+
+        Returns: False where it takes ``feed`` to find out what they are; nothing has changed, then.
+        """
+        if self.state != _CHUNK_SIZE or self.line:
+            return False
+        match = _PLAIN_SIZE.match(octets)
+        if match is None:
+            return False
+        size = int(match[1], 16)
+        end = match.end() + size
+        if not size or end + len(CRLF) != len(octets) or octets[end:] != CRLF:
+            return False
+        self.content += size
+        return True
 
     def _pass_chunks(self, octets: Octets, at: int, end: int) -> int:
         """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes. Most senders
@@ -5069,6 +5109,10 @@ class Waiter:
             self._client_events = client_events
         if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
             self._change_upstream(upstream_fd, upstream_events)
+        return self.wait_again(due_at)
+
+    def wait_again(self, due_at: float | None = None) -> tuple[int, int, float]:
+        """Wait for the same events as the last time. Otherwise as ``wait``."""
         now = time.monotonic()
         if now >= self.next_pulse_at:
             self._check_pulses(now)
@@ -5211,7 +5255,7 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 
-# --- proxy/relay.py, line 43 ---
+# --- proxy/relay.py, line 44 ---
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 FIRST_READ = 64 * 1024
@@ -5290,7 +5334,7 @@ class Flow:
         self.end = 0
         self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
-        self.mark: Mark = (0, 0, 0, b"")
+        self.mark: Mark = FRESH
         # Read, and not to go on before more of it is known (ChunkedFraming.undecided); made when first wanted.
         self.held: bytearray | None = None
         self.dechunk = False  # only content is on the way
@@ -5658,6 +5702,8 @@ class Relay:
                 self._set_watches(now, client_events, upstream_events)
             self.note_progress()
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
+            if due_at is None and not (request.pending or response.pending or response.bulk):
+                client_ready, upstream_ready, now = self._pass_on(client_ready, upstream_ready, now)
             if client.unflushed and client_ready & WRITABLE:
                 self._flush_endpoint(client)
             if upstream.unflushed and upstream_ready & WRITABLE:
@@ -5696,6 +5742,82 @@ class Relay:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
+
+    def _pass_on(self, client_ready: int, upstream_ready: int, now: float) -> tuple[int, int, float]:
+        """Pass on one small portion after the other, as long as each is taken whole and nothing else happens.
+
+        A line now and then, or a keystroke and its echo: turns of the loop that change nothing of what is waited for,
+        so they do without finding that out. What is out of the ordinary is left to the loop and what it calls.
+        Returns: what the last wait has found and was not dealt with. Raises: Abort.
+        """
+        waiter, request, response = self.waiter, self.request, self.response
+        while True:
+            if upstream_ready == READABLE and not client_ready:
+                flow = response
+            elif client_ready == READABLE and not upstream_ready and self.tunnel:
+                flow = request
+            else:
+                return client_ready, upstream_ready, now
+            source, sink = flow.source, flow.sink
+            assert source is not None
+            assert sink is not None
+            if (
+                not source.can_splice  # under TLS more may be left than poll sees
+                or flow.bulk
+                or flow.pipe is not None
+                or flow.dechunk
+                or flow.enchunk
+                or flow.tail is not None
+            ):
+                return client_ready, upstream_ready, now
+            try:
+                octets = source.read(FIRST_READ, NO_WAIT)
+            except BlockingIOError:
+                return 0, 0, now  # nothing to read after all
+            except OSError as error:
+                raise self._read_failed(flow, error) from error
+            count = len(octets)
+            if not 0 < count < FIRST_READ or not flow.framing.take_whole(octets):
+                if flow is response:
+                    self._take_from_upstream(octets, count, now)
+                else:
+                    self._take_from_client(octets, count, now)
+                return 0, 0, now
+            flow.read += count
+            flow.last_read_at = now
+            if waiter.watches:
+                self._see_progress(self.upstream_read_watch if flow is response else self.client_read_watch, now)
+            try:
+                taken = sink.write(octets, NO_WAIT)
+            except OSError as error:
+                self._leave_pending(flow, octets, 0)
+                if not isinstance(error, BlockingIOError):
+                    self._write_failed(flow, error)
+                return 0, 0, now
+            flow.written += taken
+            flow.last_written_at = now
+            if taken < count:
+                self._leave_pending(flow, octets, taken)
+                return 0, 0, now
+            waiter.slot.count(
+                request.read,
+                response.written,
+                response.read,
+                request.written,
+                request.content_before + request.framing.content,
+                response.content_before + response.framing.content,
+            )
+            client_ready, upstream_ready, now = waiter.wait_again()
+
+    @staticmethod
+    def _leave_pending(flow: Flow, octets: bytes, taken: int) -> None:
+        """Leave to the loop what the sink did not take of octets that began where no chunk was under way."""
+        flow.octets = octets
+        flow.start = taken
+        flow.fed_from = 0
+        flow.mark = FRESH
+        flow.end = len(octets)
+        flow.pending = True
 
     def _go_on(self, begun: Begun, now: float) -> None:
         """Take over what was done before there was a relay: nothing of it is done or decided again. Raises: Abort, or
@@ -5942,13 +6064,18 @@ class Relay:
                 count = len(octets)
         except BlockingIOError:
             if not client.can_splice:
-                self._see_part_of_record(self.client_read_watch, now)
+                self._see_progress(self.client_read_watch, now)  # a part of a record
             return  # nothing to read after all: poll says when
         except OSError as error:
             if self._ends_like_this(error):
                 self._request_source_ended(now)
                 return
-            raise self._abort(client, Operation.READ, error) from error
+            raise self._read_failed(request, error) from error
+        self._take_from_client(octets, count, now)
+
+    def _take_from_client(self, octets: bytes | bytearray, count: int, now: float) -> None:
+        """Take ``count`` octets that were read from the client; none are its end."""
+        request = self.request
         if not count:
             self._request_source_ended(now)
             return
@@ -5956,10 +6083,7 @@ class Relay:
         self.awaiting_continue = False
         self.body_reads += 1
         request.bulk = count >= FIRST_READ
-        if self.client_read_watch is not None:
-            self.client_read_watch.progress(now)
-        if self.tunnel_watch is not None:
-            self.tunnel_watch.progress(now)
+        self._see_progress(self.client_read_watch, now)
         self._take_request_octets(octets, count)
         self._flush_request(now)
 
@@ -5991,7 +6115,7 @@ class Relay:
         )
 
     def _flush_request(self, now: float) -> None:
-        """Write what is on the way to upstream. A failure is kept: the answer may be in our receive buffer already."""
+        """Write what is on the way to upstream."""
         request = self.request
         try:
             request.push(now, self.tunnel_watch if self.tunnel else self.upstream_write_watch)
@@ -6010,8 +6134,7 @@ class Relay:
         except BlockingIOError:
             return  # upstream takes no more for now: poll says when
         except OSError as error:
-            assert self.upstream is not None
-            self._break_request(self._abort(self.upstream, Operation.WRITE, error))
+            self._write_failed(request, error)
 
     def _break_request(self, abort: Abort) -> None:
         """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
@@ -6046,11 +6169,10 @@ class Relay:
                 count = len(octets)
         except BlockingIOError:
             if not upstream.can_splice:
-                self._see_part_of_record(self.upstream_read_watch, now)
+                self._see_progress(self.upstream_read_watch, now)  # a part of a record
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
-            abort = self._upstream_failed(error)
-            raise abort from abort.original
+            raise self._read_failed(response, error) from error
         self._take_from_upstream(octets, count, now)
 
     def _upstream_failed(self, error: OSError) -> Abort:
@@ -6117,15 +6239,12 @@ class Relay:
             self._take_head_octets(bytes(octets), now)  # no copy: a flow is in bulk only after its head
         else:
             response.bulk = count >= FIRST_READ
-            if self.upstream_read_watch is not None:
-                self.upstream_read_watch.progress(now)
-            if self.tunnel_watch is not None:
-                self.tunnel_watch.progress(now)
+            self._see_progress(self.upstream_read_watch, now)
             self._take_response_octets(octets, count)
             self._flush_response(now)
 
-    def _see_part_of_record(self, watch: Watch | None, now: float) -> None:
-        """Under TLS octets may have come that are no whole record yet: over a slow link that is all the progress."""
+    def _see_progress(self, watch: Watch | None, now: float) -> None:
+        """Octets have come; under TLS perhaps no whole record yet: over a slow link that is all the progress."""
         for each in (watch, self.tunnel_watch):
             if each is not None:
                 each.progress(now)
@@ -6326,7 +6445,7 @@ class Relay:
         except BlockingIOError:
             return  # the client takes no more for now: poll says when
         except OSError as error:
-            raise self._abort(self.client, Operation.WRITE, error) from error
+            self._write_failed(response, error)
 
     # -- both ways ---------------------------------------------------------------------------------
 
@@ -6407,9 +6526,7 @@ class Relay:
         except BlockingIOError:
             return  # nothing to read after all: poll says when
         except OSError as error:
-            if flow is self.response and self.broken is not None:
-                raise self.broken from self.broken.original
-            raise self._abort(source, Operation.READ, error) from error
+            raise self._read_failed(flow, error) from error
         if not count:
             if flow is self.request:
                 self._request_source_ended(now)
@@ -6431,6 +6548,21 @@ class Relay:
             if self.upstream_read_watch is not None:
                 self.upstream_read_watch.progress(now)
             self._flush_response(now)
+
+    def _read_failed(self, flow: Flow, error: OSError) -> Abort:
+        """Returns: the abort of a read from the flow's source that failed."""
+        return (
+            self._upstream_failed(error) if flow is self.response else self._abort(self.client, Operation.READ, error)
+        )
+
+    def _write_failed(self, flow: Flow, error: OSError) -> None:
+        """A write to the flow's sink failed. Upstream's failure is kept: its answer may be in our receive buffer
+        already. Raises: Abort for the client's.
+        """
+        if flow is self.response:
+            raise self._abort(self.client, Operation.WRITE, error) from error
+        assert self.upstream is not None
+        self._break_request(self._abort(self.upstream, Operation.WRITE, error))
 
     def _guard(self, endpoint: AnyEndpoint) -> None:
         """Let a message that ends with its connection end in a reset, for as long as it is not whole: whoever closes

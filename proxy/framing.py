@@ -26,6 +26,8 @@ ENDLESS = 1 << 62
 
 Octets = bytes | bytearray
 Mark = tuple[int, int, int, bytes]
+# Where a framing stands that nothing was fed yet, or that stands between two chunks.
+FRESH: Mark = (0, 0, 0, b"")
 
 
 class NoBody:
@@ -37,11 +39,15 @@ class NoBody:
     ends_with_connection = False
     between_chunks = True
     undecided = 0
-    mark: Mark = (0, 0, 0, b"")
+    mark: Mark = FRESH
 
     def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
         """Returns: ``start``, as nothing belongs to the body."""
         return start
+
+    def take_whole(self, octets: bytes) -> bool:
+        """Returns: False, as nothing belongs to the body."""
+        return False
 
     def opaque(self) -> int:
         """Returns: 0: no octet may pass unlooked at."""
@@ -83,6 +89,18 @@ class LengthFraming:
             contents.append((start, start + count))
         return start + count
 
+    def take_whole(self, octets: bytes) -> bool:
+        """Take the octets if the message goes on behind them.
+
+        Returns: False where that is for ``feed`` to say; nothing has changed, then.
+        """
+        count = len(octets)
+        if count >= self.remaining:
+            return False
+        self.remaining -= count
+        self.content += count
+        return True
+
     def opaque(self) -> int:
         """Returns: how many of the next octets are content whatever they are."""
         return self.remaining
@@ -96,7 +114,7 @@ class LengthFraming:
     @property
     def mark(self) -> Mark:
         """Where the framing stood; see ``content_between``."""
-        return (0, 0, 0, b"")
+        return FRESH
 
     def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
         """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
@@ -120,6 +138,11 @@ class ConnectionFraming(LengthFraming):
         if contents is not None:
             contents.append((start, end))
         return end
+
+    def take_whole(self, octets: bytes) -> bool:
+        """Take the octets. Returns: True."""
+        self.content += len(octets)
+        return True
 
     def skip(self, count: int) -> None:
         """Take ``count`` octets as passed."""
@@ -270,6 +293,23 @@ class ChunkedFraming:
                 self._take_trailer_line(bytes(line), at - start)
             at = line_end + 1
         return at
+
+    def take_whole(self, octets: bytes) -> bool:
+        """Take the octets if they are one chunk, whole, as a sender writes that says something now and then.
+
+        Returns: False where it takes ``feed`` to find out what they are; nothing has changed, then.
+        """
+        if self.state != _CHUNK_SIZE or self.line:
+            return False
+        match = _PLAIN_SIZE.match(octets)
+        if match is None:
+            return False
+        size = int(match[1], 16)
+        end = match.end() + size
+        if not size or end + len(CRLF) != len(octets) or octets[end:] != CRLF:
+            return False
+        self.content += size
+        return True
 
     def _pass_chunks(self, octets: Octets, at: int, end: int) -> int:
         """Pass over chunks from ``at``, where one begins, as long as their lines are whole, plain sizes. Most senders

@@ -180,6 +180,10 @@ class Waiter:
             self._client_events = client_events
         if upstream_fd != self._upstream_fd or upstream_events != self._upstream_events:
             self._change_upstream(upstream_fd, upstream_events)
+        return self.wait_again(due_at)
+
+    def wait_again(self, due_at: float | None = None) -> tuple[int, int, float]:
+        """Wait for the same events as the last time. Otherwise as ``wait``."""
         now = time.monotonic()
         if now >= self.next_pulse_at:
             self._check_pulses(now)

@@ -18,6 +18,9 @@ CALLS = 42
 INSTRUCTIONS = {"3.11": 1540, "3.13": 1540}
 # Of a request that needs a relay.
 RELAYED = {"3.11": 3380, "3.13": 3380}
+# Of a line of a response in chunks, and of an octet there and back through a tunnel.
+LINE = {"3.11": 310, "3.13": 310}
+ECHO = {"3.11": 515, "3.13": 515}
 # The pool of urllib3 1.26 takes 63 more for a lease and its return than that of urllib3 2.
 INSTRUCTIONS_OF_URLLIB3_1 = 65
 
@@ -43,6 +46,8 @@ def test_a_small_request_stays_within_its_budget() -> None:
         more = INSTRUCTIONS_OF_URLLIB3_1 if importlib.metadata.version("urllib3").startswith("1.") else 0
         assert found["instructions"] <= INSTRUCTIONS[version] + more, found
         assert found["relayed"] <= RELAYED[version] + more, found
+        assert 100 < found["line"] <= LINE[version], found
+        assert 100 < found["echo"] <= ECHO[version], found
         # What is counted is the request, and all stages know what they do.
         assert found["instructions"] > 1000
         assert sum(found["stages"].values()) == pytest.approx(found["instructions"])
