@@ -5255,7 +5255,7 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 
-# --- proxy/relay.py, line 44 ---
+# --- proxy/relay.py, line 45 ---
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 FIRST_READ = 64 * 1024
@@ -5429,8 +5429,9 @@ class Begun(typing.NamedTuple):
     answer: bytes | None  # what it then answered, in one read
     first_byte_at: float | None  # when that was read
     response_head: ResponseHead | None  # what the client was told, or is half told, if anything
-    octets: bytes  # head and content of the response to it, of which
-    length: int  # octets are content, and
+    octets: bytes  # head and body of the response to it, of which
+    body_size: int  # octets are the body, framed by
+    chunks: ChunkedFraming | None  # these, or nothing else than its length, and
     taken: int  # are written
     error: Exception | None  # what the step behind all that met, if it did not merely have to wait
 
@@ -5861,13 +5862,15 @@ class Relay:
         self.first_byte_at = response.last_read_at = begun.first_byte_at
         self._head_from = 0
         response.read = read
-        if begun.length:
-            response.framing = LengthFraming(begun.length)
-            response.framing.skip(begun.length)
+        if begun.chunks is not None:
+            response.framing = begun.chunks
+        elif begun.body_size:
+            response.framing = LengthFraming(begun.body_size)
+            response.framing.skip(begun.body_size)
         response.octets = begun.octets
         response.start = response.written = begun.taken
         response.end = len(begun.octets)
-        response.fed_from = response.end - begun.length
+        response.fed_from = response.end - begun.body_size
         response.pending = True
         if begun.taken:
             response.last_written_at = now
@@ -7944,7 +7947,7 @@ class ClientConnection:
         connection: AnyConnection,
     ) -> Begun | None:
         """Relay without a ``Relay``: send a request that is whole, and pass on an answer that comes at once, is whole
-        in one read, and has a length or no content. Most are like that, and it takes half of the instructions
+        in one read, and does not end with its connection. Most are like that, and it takes half of the instructions
         (docs/performance.md).
 
         Returns: None if it was so, and the record has its outcome; else what has happened so far, and a relay has to
@@ -7956,8 +7959,8 @@ class ClientConnection:
         size = len(octets)
         content = record.body_read = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
-        written = taken = length = 0
-        sent_at = first_byte_at = answer = response_head = None
+        written = taken = 0
+        sent_at = first_byte_at = answer = response_head = body_size = chunks = None
         error: Exception | None = None
         try:
             written = record.upstream_written = upstream.write(octets, NO_WAIT)
@@ -7971,12 +7974,17 @@ class ClientConnection:
                     parsed = parse_response_head(answer[:head_size], connection.memory)
                     response = prepare_response(parsed, self._context.proxy_name, dechunk=False)
                     status = parsed.status
-                    announced = parsed.section.content_length
+                    body_size = parsed.section.content_length
                     if status in _BODILESS or head.method == b"HEAD":
-                        announced = 0
+                        body_size = 0
+                    elif parsed.section.chunked and head.minor:
+                        chunks = ChunkedFraming(self.settings.max_head_size.value, parsed.section.options)
+                        stop = chunks.feed(answer, head_size, len(answer))
+                        if chunks.complete:
+                            body_size = stop - head_size
                     if (
-                        announced is not None
-                        and head_size + announced == len(answer) < FIRST_READ
+                        body_size is not None
+                        and head_size + body_size == len(answer) < FIRST_READ
                         and status >= 200
                         and status != 426  # its Upgrade field is put together by the relay
                         and response.keep_alive
@@ -7985,7 +7993,6 @@ class ClientConnection:
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
                         octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
                         response_head = parsed
-                        length = announced
                         taken = record.client_written = client.write(octets, NO_WAIT)
                         if taken == len(octets):
                             record.outcome = Outcome(
@@ -7998,7 +8005,7 @@ class ClientConnection:
                                 len(answer),
                                 written,
                                 content,
-                                length,
+                                body_size if chunks is None else chunks.content,
                                 prepared.keep_alive,
                             )
                             return None
@@ -8008,7 +8015,9 @@ class ClientConnection:
             error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
         except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
             error = other
-        return Begun(written, sent_at, answer, first_byte_at, response_head, octets, length, taken, error)
+        return Begun(
+            written, sent_at, answer, first_byte_at, response_head, octets, body_size or 0, chunks, taken, error
+        )
 
     def _relay(
         self,

@@ -38,7 +38,7 @@ from .fields import (
     serialize_request,
     serialize_response,
 )
-from .framing import request_framing
+from .framing import ChunkedFraming, request_framing
 from .grammar import MAX_FIELDS, REQUEST_ID, REQUEST_ID_LINE, TOLD_LINE, TOLD_METHOD, MalformedMessage
 from .head import (
     RequestHead,
@@ -624,7 +624,7 @@ class ClientConnection:
         connection: AnyConnection,
     ) -> Begun | None:
         """Relay without a ``Relay``: send a request that is whole, and pass on an answer that comes at once, is whole
-        in one read, and has a length or no content. Most are like that, and it takes half of the instructions
+        in one read, and does not end with its connection. Most are like that, and it takes half of the instructions
         (docs/performance.md).
 
         Returns: None if it was so, and the record has its outcome; else what has happened so far, and a relay has to
@@ -636,8 +636,8 @@ class ClientConnection:
         size = len(octets)
         content = record.body_read = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
-        written = taken = length = 0
-        sent_at = first_byte_at = answer = response_head = None
+        written = taken = 0
+        sent_at = first_byte_at = answer = response_head = body_size = chunks = None
         error: Exception | None = None
         try:
             written = record.upstream_written = upstream.write(octets, NO_WAIT)
@@ -651,12 +651,17 @@ class ClientConnection:
                     parsed = parse_response_head(answer[:head_size], connection.memory)
                     response = prepare_response(parsed, self._context.proxy_name, dechunk=False)
                     status = parsed.status
-                    announced = parsed.section.content_length
+                    body_size = parsed.section.content_length
                     if status in _BODILESS or head.method == b"HEAD":
-                        announced = 0
+                        body_size = 0
+                    elif parsed.section.chunked and head.minor:
+                        chunks = ChunkedFraming(self.settings.max_head_size.value, parsed.section.options)
+                        stop = chunks.feed(answer, head_size, len(answer))
+                        if chunks.complete:
+                            body_size = stop - head_size
                     if (
-                        announced is not None
-                        and head_size + announced == len(answer) < FIRST_READ
+                        body_size is not None
+                        and head_size + body_size == len(answer) < FIRST_READ
                         and status >= 200
                         and status != 426  # its Upgrade field is put together by the relay
                         and response.keep_alive
@@ -665,7 +670,6 @@ class ClientConnection:
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
                         octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
                         response_head = parsed
-                        length = announced
                         taken = record.client_written = client.write(octets, NO_WAIT)
                         if taken == len(octets):
                             record.outcome = Outcome(
@@ -678,7 +682,7 @@ class ClientConnection:
                                 len(answer),
                                 written,
                                 content,
-                                length,
+                                body_size if chunks is None else chunks.content,
                                 prepared.keep_alive,
                             )
                             return None
@@ -688,7 +692,9 @@ class ClientConnection:
             error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
         except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
             error = other
-        return Begun(written, sent_at, answer, first_byte_at, response_head, octets, length, taken, error)
+        return Begun(
+            written, sent_at, answer, first_byte_at, response_head, octets, body_size or 0, chunks, taken, error
+        )
 
     def _relay(
         self,

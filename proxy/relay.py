@@ -27,6 +27,7 @@ from .framing import (
     ENDLESS,
     FRESH,
     NO_BODY,
+    ChunkedFraming,
     ConnectionFraming,
     Framing,
     LengthFraming,
@@ -213,8 +214,9 @@ class Begun(typing.NamedTuple):
     answer: bytes | None  # what it then answered, in one read
     first_byte_at: float | None  # when that was read
     response_head: ResponseHead | None  # what the client was told, or is half told, if anything
-    octets: bytes  # head and content of the response to it, of which
-    length: int  # octets are content, and
+    octets: bytes  # head and body of the response to it, of which
+    body_size: int  # octets are the body, framed by
+    chunks: ChunkedFraming | None  # these, or nothing else than its length, and
     taken: int  # are written
     error: Exception | None  # what the step behind all that met, if it did not merely have to wait
 
@@ -645,13 +647,15 @@ class Relay:
         self.first_byte_at = response.last_read_at = begun.first_byte_at
         self._head_from = 0
         response.read = read
-        if begun.length:
-            response.framing = LengthFraming(begun.length)
-            response.framing.skip(begun.length)
+        if begun.chunks is not None:
+            response.framing = begun.chunks
+        elif begun.body_size:
+            response.framing = LengthFraming(begun.body_size)
+            response.framing.skip(begun.body_size)
         response.octets = begun.octets
         response.start = response.written = begun.taken
         response.end = len(begun.octets)
-        response.fed_from = response.end - begun.length
+        response.fed_from = response.end - begun.body_size
         response.pending = True
         if begun.taken:
             response.last_written_at = now

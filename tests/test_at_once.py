@@ -149,6 +149,15 @@ def _sized(total: int) -> bytes:
     return head % size + random.Random(total).randbytes(size)
 
 
+_IN_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def _chunk_sized(total: int) -> bytes:
+    """Returns: an answer of so many octets in all, in one chunk."""
+    around = len(_IN_CHUNKS) + len(b"ffff\r\n\r\n0\r\n\r\n")
+    return _IN_CHUNKS + chunk(random.Random(total).randbytes(total - around)) + b"0\r\n\r\n"
+
+
 def _dripped(octets: bytes) -> collections.abc.Iterator[bytes | float]:
     """Give the octets one by one, with pauses."""
     for octet in octets:
@@ -234,8 +243,46 @@ CASES: dict[str, Case] = {
     "103 before it": _answered(IN_VAIN, b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n" + FINE),
     "103 with a length": _answered(IN_VAIN, b"HTTP/1.1 103 Hints\r\nContent-Length: 0\r\n\r\n", 0.005, FINE),
     "103 long before it": _answered(IN_VAIN, b"HTTP/1.1 103 Hints\r\n\r\n", 0.05, FINE),
-    "chunked": _answered(
-        IN_VAIN, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"fine") + b"0\r\nX: y\r\n\r\n"
+    "chunked": _answered(AT_ONCE, _IN_CHUNKS + chunk(b"fine") + b"0\r\nX: y\r\n\r\n"),
+    "chunked, no content": _answered(AT_ONCE, _IN_CHUNKS + b"0\r\n\r\n"),
+    "chunked, many": _answered(AT_ONCE, _IN_CHUNKS + chunk(b"fine") * 1000 + chunk(b"x" * 30_000) + b"00\r\n\r\n"),
+    "chunked, extended": _answered(AT_ONCE, _IN_CHUNKS + b"4;a=b;c\r\nfine\r\n0;last\r\n\r\n"),
+    "chunked, one octet less than a read": _answered(AT_ONCE, _chunk_sized(65535)),
+    "chunked, as much as a read": _answered(IN_VAIN, _chunk_sized(65536)),
+    "chunked, late": _answered(IN_VAIN, 0.05, _IN_CHUNKS + chunk(b"fine") + b"0\r\n\r\n"),
+    "chunked, 205": _answered(AT_ONCE, _IN_CHUNKS.replace(b"200", b"205") + b"0\r\n\r\n"),
+    "chunked, cut behind the head": _answered(IN_VAIN, _IN_CHUNKS, 0.005, chunk(b"fine") + b"0\r\n\r\n"),
+    "chunked, cut in a size": _answered(IN_VAIN, _IN_CHUNKS + b"1", 0.005, b"0\r\nsixteen octets!!\r\n0\r\n\r\n"),
+    "chunked, cut in a chunk": _answered(IN_VAIN, _IN_CHUNKS + b"4\r\nfi", 0.005, b"ne\r\n0\r\n\r\n"),
+    "chunked, cut before the last chunk": _answered(IN_VAIN, _IN_CHUNKS + chunk(b"fine"), 0.005, b"0\r\n\r\n"),
+    "chunked, cut in the trailers": _answered(IN_VAIN, _IN_CHUNKS + b"0\r\nX: ", 0.005, b"y\r\n\r\n"),
+    "chunked, cut before the last line feed": _answered(IN_VAIN, _IN_CHUNKS + b"0\r\n\r", 0.005, b"\n"),
+    "chunked, ends in a chunk": _answered(IN_VAIN, _IN_CHUNKS + b"4\r\nfi", FIN, abort=True),
+    "chunked, ends before the last chunk": _answered(IN_VAIN, _IN_CHUNKS + chunk(b"fine"), FIN, abort=True),
+    "chunked, excess": _answered(IN_VAIN, _IN_CHUNKS + b"0\r\n\r\nmore"),
+    "chunked, then the end": _answered(AT_ONCE, _IN_CHUNKS + b"0\r\n\r\n", FIN),
+    "chunked, close": _answered(
+        IN_VAIN, _IN_CHUNKS[:-2] + b"Connection: close\r\n\r\n" + chunk(b"fine") + b"0\r\n\r\n", FIN
+    ),
+    "chunked, no size": _answered(IN_VAIN, _IN_CHUNKS + b"fine\r\n0\r\n\r\n", abort=True),
+    "chunked, longer than its size": _answered(
+        IN_VAIN, _IN_CHUNKS + chunk(b"fine") + b"2\r\nfine\r\n0\r\n\r\n", abort=True
+    ),
+    "chunked, bare line feed": _answered(IN_VAIN, _IN_CHUNKS + b"4\nfine\r\n0\r\n\r\n", abort=True),
+    "chunked, framing in the trailers": _answered(
+        IN_VAIN, _IN_CHUNKS + chunk(b"fine") + b"0\r\nContent-Length: 4\r\n\r\n", abort=True
+    ),
+    "chunked, trailers too large": _answered(
+        IN_VAIN, _IN_CHUNKS + b"0\r\nX: %b\r\n\r\n" % (b"y" * MAX_HEAD), abort=True
+    ),
+    "chunked, asks to close": _answered(
+        AT_ONCE, _IN_CHUNKS + chunk(b"fine") + b"0\r\n\r\n", ask=_get(b"Connection: close\r\n"), kept=False
+    ),
+    "chunked, from 1.0": _answered(
+        RELAY, _IN_CHUNKS + chunk(b"fine") + b"0\r\n\r\n", ask=_get(version=b"1.0"), kept=False
+    ),
+    "chunked twice": _answered(
+        IN_VAIN, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", abort=True
     ),
     "to the end": _answered(IN_VAIN, b"HTTP/1.1 200 OK\r\n\r\nfine", FIN, kept=False),
     "excess": _answered(IN_VAIN, FINE + b"more"),
@@ -522,8 +569,9 @@ def test_it_makes_no_difference_to_anybody(name: str, benches: tuple[Bench, Benc
 # What is written at once under TLS has a bound of its own, which "one octet less than a read" is beyond with the
 # proxy's fields.
 _UNDER_TLS = {name: CASES[name] for name in (
-    "whole", "60 KiB", "200 KiB", "late", "cut in the body", "chunked", "to the end", "excess", "reset before it",
-    "malformed: two lengths", "POST", "POST, body later", "two at a time", "asks to close",
+    "whole", "60 KiB", "200 KiB", "late", "cut in the body", "chunked",
+    "chunked, many", "chunked, cut in a chunk", "chunked, longer than its size", "to the end", "excess",
+    "reset before it", "malformed: two lengths", "POST", "POST, body later", "two at a time", "asks to close",
 )} | {"one octet less than a read": _answered(IN_VAIN, _sized(65535))}  # fmt: skip
 
 
@@ -625,20 +673,35 @@ def test_no_limit_can_run_out_where_nobody_looks_at_limits(
 
 
 class Numbered:
-    """Answers each request with a body that tells which one it was, and how long."""
+    """Answers each request with a body that tells which one it was, and how long; with a length, or in small chunks."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, chunked: bool = False) -> None:
         self.size = size
+        self.chunked = chunked
 
     def body(self, number: int) -> bytes:
         """Returns: the content of an answer."""
         return (b"%07d\n" % number) * (self.size // 8)
 
+    def answer(self, number: int) -> bytes:
+        """Returns: an answer, head and body."""
+        if not self.chunked:
+            return ok(self.body(number))
+        return _IN_CHUNKS + chunk(b"%07d\n" % number) * (self.size // 8) + b"0\r\n\r\n"
+
+    def content_in(self, count: int) -> int:
+        """Returns: how many of the first ``count`` octets of the body of an answer are content."""
+        if not self.chunked:
+            return max(0, count)
+        each = len(chunk(b"%07d\n" % 0))
+        whole, rest = divmod(max(0, count), each)
+        return min(self.size // 8 * 8, whole * 8 + min(8, max(0, rest - len(b"8\r\n"))))
+
     def script(self, wire: Wire) -> None:
         """What upstream does."""
         while True:
             head = wire.read_head()
-            wire.send(ok(self.body(int(head.split()[1][1:]))))
+            wire.send(self.answer(int(head.split()[1][1:])))
 
 
 @contextlib.contextmanager
@@ -648,7 +711,7 @@ def _stalled(
     """Give a client that has sent one request after another, each when the one before was on record, and read no
     answer; and how many it has sent. The last one's answer is in part in the proxy.
     """
-    numbered, witness = Numbered(size), Witness(directory / "witness")
+    numbered, witness = Numbered(size, chunked=kind == "chunks"), Witness(directory / "witness")
     with contextlib.ExitStack() as stack:
         upstream = stack.enter_context(Upstream(numbered.script))
         options = ("--tls-cert", certificates.server) if certificates is not None else ()
@@ -684,7 +747,7 @@ def _stalled(
 
 # A unix socket takes a small write whole or not at all; a TCP socket takes as much of a large one as fits.
 _REFUSED = {("unix", 4_000): "client write BlockingIOError", ("tcp", 60_000): "client write in part"}
-_UNREAD = [("tcp", 60_000), ("tcp", 4_000), ("unix", 60_000), ("unix", 4_000), ("tls", 60_000)]
+_UNREAD = [("tcp", 60_000), ("tcp", 4_000), ("unix", 60_000), ("unix", 4_000), ("tls", 60_000), ("chunks", 30_000)]
 
 
 @pytest.mark.parametrize(("kind", "size"), _UNREAD)
@@ -713,7 +776,7 @@ def test_a_client_that_reads_late_gets_every_octet(
             check_record(record)
             assert (record["event"], record["status"]) == ("request.complete", 200)
             assert record["bytes"]["response_body"] == len(numbered.body(0))
-            assert record["bytes"]["upstream_read"] == len(ok(numbered.body(0)))
+            assert record["bytes"]["upstream_read"] == len(numbered.answer(0))
         if kind != "tls":  # there what it read is what was encrypted
             assert {record["bytes"]["client_written"] for record in records} == {wire.received.count // (count + 2)}
         assert wire.received.count == sum(record["bytes"]["client_written"] for record in records)
@@ -724,7 +787,9 @@ def test_a_client_that_reads_late_gets_every_octet(
         assert peer.sent.count == sum(record["bytes"]["upstream_read"] for record in records)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("tcp", 60_000), ("unix", 60_000), ("unix", 4_000), ("tls", 60_000)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("tcp", 60_000), ("unix", 60_000), ("unix", 4_000), ("tls", 60_000), ("chunks", 30_000)]
+)
 def test_a_client_that_resets_unread_answers_did_it(
     kind: str, size: int, tmp_path: pathlib.Path, certificates: Certificates
 ) -> None:
@@ -743,13 +808,13 @@ def test_a_client_that_resets_unread_answers_did_it(
         assert record["cause"] in (("closed", "reset") if kind == "unix" else ("reset",))
         assert record["operation"] == "write"
         counts = record["bytes"]
-        answer = ok(numbered.body(0))
+        answer = numbered.answer(0)
         whole = complete[0]["bytes"]
-        head = whole["client_written"] - len(numbered.body(0))
+        head = whole["client_written"] - len(answer.partition(b"\r\n\r\n")[2])
         assert counts["upstream_read"] == len(answer)
         assert (counts["client_read"], counts["upstream_written"]) == (whole["client_read"], whole["upstream_written"])
         assert 0 <= counts["client_written"] < whole["client_written"]
-        assert counts["response_body"] == max(0, counts["client_written"] - head)
+        assert counts["response_body"] == numbered.content_in(counts["client_written"] - head)
         assert record["status"] == (200 if counts["client_written"] else None)
         upstream.settle()
         assert len(upstream.wires) == 1
