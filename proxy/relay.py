@@ -550,7 +550,6 @@ class Relay:
             if (
                 not source.can_splice  # under TLS more may be left than poll sees
                 or flow.bulk
-                or flow.pipe is not None
                 or flow.dechunk
                 or flow.enchunk
                 or flow.tail is not None
@@ -561,7 +560,8 @@ class Relay:
             except BlockingIOError:
                 return 0, 0, now  # nothing to read after all
             except OSError as error:
-                raise self._read_failed(flow, error) from error
+                abort = self._read_failed(flow, error)
+                raise abort from abort.original
             count = len(octets)
             if not 0 < count < FIRST_READ or not flow.framing.take_whole(octets):
                 if flow is response:
@@ -593,6 +593,8 @@ class Relay:
                 request.content_before + request.framing.content,
                 response.content_before + response.framing.content,
             )
+            if sink.has_unread:
+                return 0, 0, now  # a write under TLS may have read
             client_ready, upstream_ready, now = waiter.wait_again()
 
     @staticmethod
@@ -858,7 +860,8 @@ class Relay:
             if self._ends_like_this(error):
                 self._request_source_ended(now)
                 return
-            raise self._read_failed(request, error) from error
+            abort = self._read_failed(request, error)
+            raise abort from abort.original
         self._take_from_client(octets, count, now)
 
     def _take_from_client(self, octets: bytes | bytearray, count: int, now: float) -> None:
@@ -960,7 +963,8 @@ class Relay:
                 self._see_progress(self.upstream_read_watch, now)  # a part of a record
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
-            raise self._read_failed(response, error) from error
+            abort = self._read_failed(response, error)
+            raise abort from abort.original
         self._take_from_upstream(octets, count, now)
 
     def _upstream_failed(self, error: OSError) -> Abort:
@@ -1314,7 +1318,8 @@ class Relay:
         except BlockingIOError:
             return  # nothing to read after all: poll says when
         except OSError as error:
-            raise self._read_failed(flow, error) from error
+            abort = self._read_failed(flow, error)
+            raise abort from abort.original
         if not count:
             if flow is self.request:
                 self._request_source_ended(now)
@@ -1323,6 +1328,7 @@ class Relay:
             return
         flow.framing.skip(count)
         flow.pending = True
+        flow.bulk = count >= FIRST_READ
         flow.read += count
         flow.last_read_at = now
         if self.tunnel_watch is not None:
