@@ -3584,7 +3584,10 @@ class Endpoint:
     without (``Waiter.read_soon``).
     """
 
+    is_tls = False
+
     __slots__ = (
+        "_patience_before_s",
         "can_splice",
         "fd",
         "has_unread",
@@ -3617,6 +3620,7 @@ class Endpoint:
         self.mid_record = False  # a part of a TLS record has come, the rest will
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
+        self._patience_before_s: float | None = None  # before it was made ready for splicing; None: it is not
         self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
         self.pulse = pulse
 
@@ -3639,9 +3643,17 @@ class Endpoint:
 
     def prepare_splice(self) -> None:
         """Splicing takes no NO_WAIT: the socket itself must not wait."""
-        if self.sock.getblocking():
-            self.sock.setblocking(False)
+        if self._patience_before_s is None:
+            self._patience_before_s = self.patience_s
             self.patience_s = 0.0
+            self.sock.setblocking(False)
+
+    def end_splice(self) -> None:
+        """Be as patient again as before ``prepare_splice``, for the next exchange."""
+        if self._patience_before_s is not None:
+            self.sock.setblocking(True)
+            self.patience_s = self._patience_before_s
+            self._patience_before_s = None
 
     def end_write(self) -> None:
         """Tell the peer that nothing more comes. Raises: OSError."""
@@ -3663,6 +3675,8 @@ class TlsEndpoint(Endpoint):
     connection with APPLICATION_DATA_AFTER_CLOSE_NOTIFY. With memory in between, close_notify is sent when nothing is
     left to read. It also takes one system call where SSLSocket takes two for each record.
     """
+
+    is_tls = True
 
     __slots__ = (
         "_batch",
@@ -4856,7 +4870,7 @@ class IdleConnections:
 
 
 class _LeasingPool:
-    """What both pools add to urllib3's: lease, release and discard."""
+    """What both pools add to urllib3's: lease, release and sweep."""
 
     url: UpstreamUrl
     settings: Settings
@@ -5084,7 +5098,7 @@ class Waiter:
         return endpoint.read(size, 0)
 
     def peek_client(self) -> int:
-        """Returns: whether the client's side has ended, as poll says it, without waiting."""
+        """Returns: poll's events of the client's end, 0 if it has not ended; without waiting."""
         poller = select.poll()
         poller.register(self.client.fd, POLLRDHUP)
         return sum(events for _, events in poller.poll(0))
@@ -5425,15 +5439,17 @@ class Begun(typing.NamedTuple):
     """How far an exchange has come without a relay, for one to go on from there."""
 
     written: int  # octets of the request that upstream took
-    sent_at: float | None  # when it had taken all of them
-    answer: bytes | None  # what it then answered, in one read
+    sent_at: float | None  # when it had taken all of them; None: it has not
+    answer: bytes | None  # what upstream then answered, in one read; None: nothing yet
     first_byte_at: float | None  # when that was read
-    response_head: ResponseHead | None  # what the client was told, or is half told, if anything
-    octets: bytes  # head and body of the response to it, of which
-    body_size: int  # octets are the body, framed by
-    chunks: ChunkedFraming | None  # these, or nothing else than its length, and
-    taken: int  # are written
-    error: Exception | None  # what the step behind all that met, if it did not merely have to wait
+    response_head: (
+        ResponseHead | None
+    )  # if the answer was whole, and the client is told it; None: it is told nothing yet
+    octets: bytes  # what the client is told: head and body
+    body_size: int  # how many of these octets are the body
+    chunks: ChunkedFraming | None  # the framing of that body, which it was fed; None: a length, or no body
+    taken: int  # how many of these octets the client took
+    error: Exception | None  # what the last step met, if it did not merely have to wait
 
 
 class Relay:
@@ -5521,7 +5537,9 @@ class Relay:
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
-        self.client_hung_up = False  # a unix socket says that much of a FIN: whether it takes more, a write will tell
+        self.client_hung_up = (
+            False  # nor polled for: a unix socket says no more of a FIN, TCP says it when both have ended
+        )
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
@@ -5679,7 +5697,7 @@ class Relay:
                 client_events = max(client_events, 0) | client.read_event
                 if client.has_unread:
                     due_at = 0.0
-            elif client.has_unread or not client.can_splice:
+            elif client.has_unread or client.is_tls:
                 # Under TLS only a read tells the end of the client's side.
                 if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
                     client_events |= client.read_event
@@ -5725,9 +5743,7 @@ class Relay:
                         self._read_upstream(now)
                     except Abort as abort:
                         # Under TLS only a read tells the end of the client's side.
-                        if abort.side is Side.UPSTREAM and (
-                            client_ready & HUNG_UP or (client_ready and not client.can_splice)
-                        ):
+                        if abort.side is Side.UPSTREAM and (client_ready & HUNG_UP or (client_ready and client.is_tls)):
                             self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
                         raise
                 if (
@@ -5763,7 +5779,7 @@ class Relay:
             assert source is not None
             assert sink is not None
             if (
-                not source.can_splice  # under TLS more may be left than poll sees
+                source.is_tls  # under TLS more may be left than poll sees
                 or flow.bulk
                 or flow.dechunk
                 or flow.enchunk
@@ -5945,10 +5961,10 @@ class Relay:
 
     # -- client to upstream ------------------------------------------------------------------------
 
-    def _take_request_octets(self, octets: bytes | bytearray, count: int, held: int = 0) -> None:
+    def _take_request_octets(self, octets: bytes | bytearray, count: int, head_size: int = 0) -> None:
         """Feed the ``count`` octets that the client sent, and put what belongs to this request on the way.
 
-        ``held`` octets of head are there already.
+        ``head_size`` octets of head are there already.
         """
         request = self.request
         framing = request.framing
@@ -5977,9 +5993,9 @@ class Relay:
         fed_from = 0
         if request.held or framing.undecided:
             octets, stop, fed_from = request.release_decided(octets, stop)
-        if held:
+        if head_size:
             request.octets = bytes(request.octets) + octets[:stop]
-            request.end = held + stop
+            request.end = head_size + stop
         else:
             request.octets = octets
             request.start = 0
@@ -5996,7 +6012,7 @@ class Relay:
         if wanted and (ready & (client.read_event | HUNG_UP) or client.has_unread):
             self._pump_request(now)
             return
-        if ready & HUNG_UP or not client.can_splice:
+        if ready & HUNG_UP or client.is_tls:
             self._client_ends(ready, allow_half_close)
 
     def _client_ends(self, ready: int, allow_half_close: bool) -> None:
@@ -6004,7 +6020,7 @@ class Relay:
         client, request = self.client, self.request
         if ready & (select.POLLERR | select.POLLNVAL):
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        tls = not client.can_splice
+        tls = client.is_tls
         ours = not request.framing.complete and self.broken is None  # what comes next belongs to this request
         if ours or not tls:
             if not ready & HUNG_UP:
@@ -6068,7 +6084,7 @@ class Relay:
                 octets = client.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            if not client.can_splice:
+            if client.is_tls:
                 self._see_progress(self.client_read_watch, now)  # a part of a record
             return  # nothing to read after all: poll says when
         except OSError as error:
@@ -6143,7 +6159,9 @@ class Relay:
             self._write_failed(request, error)
 
     def _break_request(self, abort: Abort) -> None:
-        """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
+        """Remember why upstream takes no more, and let the response be read. What was on the way stays pending: it
+        counts as not relayed, and no more is read.
+        """
         self.broken = abort
         self.upstream_usable = False
         now = time.monotonic()
@@ -6174,7 +6192,7 @@ class Relay:
                 octets = upstream.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            if not upstream.can_splice:
+            if upstream.is_tls:
                 self._see_progress(self.upstream_read_watch, now)  # a part of a record
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
@@ -6203,6 +6221,7 @@ class Relay:
                 octets = self.upstream.read(_BULK_BUFFER, NO_WAIT)
                 if not octets:
                     break
+                self.response.read += len(octets)
                 if is_final:
                     framing.feed(octets, 0, len(octets))
             else:
@@ -6546,16 +6565,12 @@ class Relay:
         flow.bulk = count >= FIRST_READ
         flow.read += count
         flow.last_read_at = now
-        if self.tunnel_watch is not None:
-            self.tunnel_watch.progress(now)
         if flow is self.request:
             self.body_reads += 1
-            if self.client_read_watch is not None:
-                self.client_read_watch.progress(now)
+            self._see_progress(self.client_read_watch, now)
             self._flush_request(now)
         else:
-            if self.upstream_read_watch is not None:
-                self.upstream_read_watch.progress(now)
+            self._see_progress(self.upstream_read_watch, now)
             self._flush_response(now)
 
     def _read_failed(self, flow: Flow, error: OSError) -> Abort:
@@ -6614,9 +6629,7 @@ class Relay:
     def _socket_failed(self, endpoint: AnyEndpoint, operation: Operation) -> Abort:
         """Make the abort of a socket that poll reports as failed: the kernel keeps the reason until it is asked."""
         number = endpoint.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if not number:
-            return Abort(endpoint.side, self.phase_of(endpoint.side, operation), operation, Cause.RESET)
-        return self._abort(endpoint, operation, OSError(number, os.strerror(number)))
+        return failed_socket(self.settings, endpoint, self.phase_of(endpoint.side, operation), operation, number)
 
     def _note(self, side: str, what: str) -> None:
         if len(self.events) < 16:
@@ -6628,6 +6641,16 @@ def status_after_fin(settings: Settings) -> int | None:
     means that it has left.
     """
     return 400 if settings.client_half_close == "allow" else None
+
+
+def failed_socket(settings: Settings, endpoint: AnyEndpoint, phase: Phase, operation: Operation, number: int) -> Abort:
+    """Returns: the abort of a socket that poll reports as failed, with the ``number`` of the error that the kernel told
+    of it, 0 where that was told before: then it was a reset.
+    """
+    if not number:
+        return Abort(endpoint.side, phase, operation, Cause.RESET)
+    error = OSError(number, os.strerror(number))
+    return socket_abort(endpoint.side, phase, operation, error, dead_peer_limit(settings, endpoint))
 
 
 def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:
@@ -7456,7 +7479,7 @@ class Worker:
     upstream_host: bytes
     client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
     patient_from: int  # for which request a connection first waits in the read: the first one may be there already
-    answers_at_once: bool  # whether an exchange without a relay is over before any limit could run out
+    may_skip_relay: bool  # whether an exchange without a relay is over before any limit could run out
     watches_pulse: bool  # whether peers can vanish, and are watched for it
     pulse_every_s: float  # how often they are looked at
 
@@ -7515,7 +7538,7 @@ def make_worker(
             )
         ),
         patient_from=1 if settings.defers_accept else 0,
-        answers_at_once=all(
+        may_skip_relay=all(
             limit is None or limit.seconds >= _AT_ONCE_S
             for limit in (
                 settings.client_write_timeout,
@@ -7642,7 +7665,8 @@ class ClientConnection:
             if isinstance(error, ssl.SSLEOFError):
                 failure = Abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, Cause.CLOSED, original=error)
             else:
-                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error)
+                dead = dead_peer_limit(self.settings, client)
+                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, dead)
             self._connection_abort(failure, began_at)
             return False
         finally:
@@ -7708,8 +7732,11 @@ class ClientConnection:
         if record.abort is not None:
             record.forget()
         self.record = None
-        self.waiter.watches.clear()
-        return self._ending == "keep"
+        self.waiter.forget_phases()
+        if self._ending != "keep":
+            return False
+        self.client.end_splice()
+        return True
 
     def _await_first_byte(self) -> bytes:
         """Wait for the next request. Returns: its first octets; b"" if there will be none."""
@@ -7743,6 +7770,7 @@ class ClientConnection:
             except OSError as error:
                 # Between two requests a reset is as good an end as any.
                 self._closed(f"{classify(error)}")
+                self._ending = "close"
                 return b""
             if not more:
                 self._closed("closed by the client")
@@ -7929,7 +7957,7 @@ class ClientConnection:
         if (
             upstream is not None  # kept from an earlier request
             and upstream.patience_s
-            and worker.answers_at_once
+            and worker.may_skip_relay
             and len(body) == prepared.whole_with
         ):
             record.upstream = upstream.name
@@ -7961,15 +7989,16 @@ class ClientConnection:
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
-        octets += body
-        size = len(octets)
+        request = octets + body
+        size = len(request)
         content = record.body_read = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
+        response_octets = b""
         written = taken = 0
         sent_at = first_byte_at = answer = response_head = body_size = chunks = None
         error: Exception | None = None
         try:
-            written = record.upstream_written = upstream.write(octets, NO_WAIT)
+            written = record.upstream_written = upstream.write(request, NO_WAIT)
             if written == size:
                 sent_at = time.monotonic()
                 answer = self.waiter.read_soon(upstream, FIRST_READ)
@@ -7983,7 +8012,7 @@ class ClientConnection:
                     body_size = parsed.section.content_length
                     if status in _BODILESS or head.method == b"HEAD":
                         body_size = 0
-                    elif parsed.section.chunked and head.minor:
+                    elif parsed.section.chunked:
                         chunks = ChunkedFraming(self.settings.max_head_size.value, parsed.section.options)
                         stop = chunks.feed(answer, head_size, len(answer))
                         if chunks.complete:
@@ -7997,10 +8026,10 @@ class ClientConnection:
                         and not self.worker.control.draining
                     ):
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
-                        octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
+                        response_octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
                         response_head = parsed
-                        taken = record.client_written = client.write(octets, NO_WAIT)
-                        if taken == len(octets):
+                        taken = record.client_written = client.write(response_octets, NO_WAIT)
+                        if taken == len(response_octets):
                             record.outcome = Outcome(
                                 response_head,
                                 sent_at,
@@ -8022,7 +8051,16 @@ class ClientConnection:
         except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
             error = other
         return Begun(
-            written, sent_at, answer, first_byte_at, response_head, octets, body_size or 0, chunks, taken, error
+            written,
+            sent_at,
+            answer,
+            first_byte_at,
+            response_head,
+            response_octets,
+            body_size or 0,
+            chunks,
+            taken,
+            error,
         )
 
     def _relay(
@@ -8059,7 +8097,6 @@ class ClientConnection:
                 request_id,
                 self._context.proxy_name,
             )
-            relay.residue = body
             relay.client_read_watch = client_read
             relay.client_write_watch = client_write
             record.relay = relay
@@ -8081,7 +8118,6 @@ class ClientConnection:
             if now is None:
                 record.connected_at = now = time.monotonic()
             try:
-                relay.residue = b""
                 relay.attach(upstream, connection.memory, octets, body, now)
                 behind = len(relay.residue)
                 request = relay.request
@@ -8089,8 +8125,8 @@ class ClientConnection:
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
                 relay.run(begun)
             except Abort as last:
-                # The only catch between the fact and the record: the first event decides, and a kept connection that
-                # had gone stale proves nothing about upstream.
+                # Which event came first is decided here and, where both sides spoke at once, in Relay.run. And a kept
+                # connection that had gone stale proves nothing about upstream.
                 abort = relay.first_of(last)
                 if abort is not last:
                     raise abort from abort.original
@@ -8158,7 +8194,7 @@ class ClientConnection:
         def wait(fd: int, events: int, at_most_s: float | None) -> bool:
             due_at = None if at_most_s is None else time.monotonic() + at_most_s
             mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
-            reads_ahead = mask != 0 and not self.client.can_splice
+            reads_ahead = mask != 0 and self.client.is_tls
             while True:
                 if reads_ahead:
                     # Under TLS only a read tells the end of the client's side, and whether it is an orderly one.
@@ -8173,18 +8209,10 @@ class ClientConnection:
                     if reads_ahead:
                         self._read_ahead(head, body, to_its_end=True)
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                    if number:
+                    if number or client_ready & select.POLLERR:
                         # A reset, or the kernel's verdict that nobody is there any more.
-                        error = OSError(number, os.strerror(number))
-                        dead = dead_peer_limit(self.settings, self.client)
-                        raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, dead)
-                    failed = bool(client_ready & select.POLLERR)
-                    raise Abort(
-                        Side.CLIENT,
-                        Phase.CONNECT,
-                        Operation.READ,
-                        Cause.RESET if failed else Cause.CLOSED,
-                    )
+                        raise failed_socket(self.settings, self.client, Phase.CONNECT, Operation.READ, number)
+                    raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
                 if upstream_ready or (due_at is not None and now >= due_at):
                     return bool(upstream_ready)
 
@@ -8231,6 +8259,7 @@ class ClientConnection:
             and not upstream.has_unread
             and not upstream.mid_record
         ):
+            upstream.end_splice()
             pool.release(connection)
             self.lease = None
             return
@@ -8351,9 +8380,7 @@ class ClientConnection:
                 info = tcp_info(sock)
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number or (info is not None and info.state == "CLOSED"):
-                    error = OSError(number, os.strerror(number)) if number else None
-                    cause = classify(error, Operation.WRITE) if error is not None else Cause.RESET
-                    raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)
+                    raise failed_socket(self.settings, self.client, phase, Operation.WRITE, number)
             pause_s = min(pause_s * 2, 0.05)
 
     def _tell_client(self, record: Record, abort: Abort) -> None:
@@ -8439,7 +8466,7 @@ class ClientConnection:
             return
         client = self.client
         try:
-            if ending != "cut" and not client.can_splice and not client.mid_write:
+            if ending != "cut" and client.is_tls and not client.mid_write:
                 client.end_write()  # close_notify, which a cut response must not have, and half a record can't
                 self._flush_for(time.monotonic() + _ANSWER_S)
             may_send_more = ending in ("linger", "cut") or bool(self._residue)
@@ -8495,6 +8522,7 @@ class ClientConnection:
         dead = self.settings.peer_dead_timeout
         patience = self.settings.client_write_timeout
         before = 0
+        hung_up = False
         moved_at = time.monotonic()
         while waiting := unacknowledged_bytes(client.sock):
             now = time.monotonic()
@@ -8506,8 +8534,17 @@ class ClientConnection:
                 return
             if control.ending or (control.draining and now >= control.drain_until):
                 return
-            if poller.poll(int(pause_s * 1000) + 1):
+            ready = poller.poll(int(pause_s * 1000) + 1)
+            if ready and ready[0][1] & ~select.POLLHUP:
                 return  # failed: nothing will be taken any more
+            if ready:
+                # Both sides have ended what they write, and the queue still drains. It would end each wait at once.
+                hung_up = True
+                poller.unregister(client.fd)
+            if hung_up:
+                info = tcp_info(client.sock)
+                if info is None or info.state == "CLOSED":
+                    return
             if (
                 dead is not None
                 and client.pulse is not None
@@ -8798,14 +8835,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def stop_accepting(self) -> None:
-        """Serve what the kernel has queued, then refuse. Connections that are open go on."""
+    def stop_accepting(self, backlog: int) -> None:
+        """Serve what the kernel has queued, at most ``backlog``, then refuse. Connections that are open go on."""
         with self._lock:
             if self._stopped:
                 return
             self._stopped = True
         os.set_blocking(self.socket.fileno(), False)
-        while True:
+        for _ in range(backlog + 1):  # more have come since
             try:
                 request, address = self.socket.accept()
             except OSError:
@@ -8881,7 +8918,7 @@ class SharedCounts:
         self._cells = memoryview(self._memory).cast("Q")
         self.workers = workers
 
-    def slot(self, index: int) -> memoryview:
+    def cells(self, index: int) -> memoryview:
         """Returns: the cells of one worker."""
         width = len(Tally.NAMES)
         return self._cells[index * width : (index + 1) * width]
@@ -9034,7 +9071,7 @@ class WorkerProcess:
         self.control_fd = control_fd
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
-        self.tally = Tally(counts.slot(index))
+        self.tally = Tally(counts.cells(index))
         # An earlier process in this place has counted, and the process above counts its own lines itself.
         self._lost_before = self.tally.counts()["lost_lines"] - log.lost_lines
         self.worker: Worker = make_worker(
@@ -9131,8 +9168,8 @@ class WorkerProcess:
         if not control.draining:
             control.drain_until = until
             control.draining = True
-            self.server.stop_accepting()
             os.write(self._wake_write, b"!")  # and never read: every wait of every thread sees it
+            self.server.stop_accepting(_BACKLOG)
         else:
             control.drain_until = min(control.drain_until, until)
 
@@ -9429,15 +9466,15 @@ class Supervisor:
             )
             if self.killed and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
                 how += " from the process above it, as its time in the drain was over"
-            left = self._write_records(index, pid, how)
+            left = self._write_records(index, pid, status, how)
             if status or not self.stopping:
                 self._mourn(index, pid, status, how, left)
 
-    def _write_records(self, index: int, pid: int, how: str) -> int:
+    def _write_records(self, index: int, pid: int, status: int, how: str) -> int:
         """Write the records that a worker can't write any more. Returns: how many there were."""
-        cells = Tally(self.counts.slot(index))
+        cells = Tally(self.counts.cells(index))
         left = self.in_flight.left_by(index)
-        overdue = self.stopping and (self.killed or how == "with status 0")
+        overdue = self.stopping and (self.killed or status == 0)
         cause = Cause.SHUTDOWN if overdue else Cause.INTERNAL
         for request in left:
             self.log.event("warning", "request.abort", **left_in_flight(request, cause, pid, how))
@@ -9446,7 +9483,7 @@ class Supervisor:
 
     def _mourn(self, index: int, pid: int, status: int, how: str, left: int) -> None:
         """A worker died unasked: say so, and start another unless all are to end."""
-        cells = Tally(self.counts.slot(index))
+        cells = Tally(self.counts.cells(index))
         counts = cells.counts()
         lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
         cells.set(CONNECTIONS, 0)

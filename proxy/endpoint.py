@@ -48,7 +48,10 @@ class Endpoint:
     without (``Waiter.read_soon``).
     """
 
+    is_tls = False
+
     __slots__ = (
+        "_patience_before_s",
         "can_splice",
         "fd",
         "has_unread",
@@ -81,6 +84,7 @@ class Endpoint:
         self.mid_record = False  # a part of a TLS record has come, the rest will
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
+        self._patience_before_s: float | None = None  # before it was made ready for splicing; None: it is not
         self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
         self.pulse = pulse
 
@@ -103,9 +107,17 @@ class Endpoint:
 
     def prepare_splice(self) -> None:
         """Splicing takes no NO_WAIT: the socket itself must not wait."""
-        if self.sock.getblocking():
-            self.sock.setblocking(False)
+        if self._patience_before_s is None:
+            self._patience_before_s = self.patience_s
             self.patience_s = 0.0
+            self.sock.setblocking(False)
+
+    def end_splice(self) -> None:
+        """Be as patient again as before ``prepare_splice``, for the next exchange."""
+        if self._patience_before_s is not None:
+            self.sock.setblocking(True)
+            self.patience_s = self._patience_before_s
+            self._patience_before_s = None
 
     def end_write(self) -> None:
         """Tell the peer that nothing more comes. Raises: OSError."""
@@ -127,6 +139,8 @@ class TlsEndpoint(Endpoint):
     connection with APPLICATION_DATA_AFTER_CLOSE_NOTIFY. With memory in between, close_notify is sent when nothing is
     left to read. It also takes one system call where SSLSocket takes two for each record.
     """
+
+    is_tls = True
 
     __slots__ = (
         "_batch",

@@ -62,7 +62,7 @@ from .kernel import (
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
 from .record import ConnectionNotes, Outcome, Record, Tally, describe_exception, describe_limit
-from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit, status_after_fin
+from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit, failed_socket, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
@@ -127,7 +127,7 @@ class Worker:
     upstream_host: bytes
     client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
     patient_from: int  # for which request a connection first waits in the read: the first one may be there already
-    answers_at_once: bool  # whether an exchange without a relay is over before any limit could run out
+    may_skip_relay: bool  # whether an exchange without a relay is over before any limit could run out
     watches_pulse: bool  # whether peers can vanish, and are watched for it
     pulse_every_s: float  # how often they are looked at
 
@@ -186,7 +186,7 @@ def make_worker(
             )
         ),
         patient_from=1 if settings.defers_accept else 0,
-        answers_at_once=all(
+        may_skip_relay=all(
             limit is None or limit.seconds >= _AT_ONCE_S
             for limit in (
                 settings.client_write_timeout,
@@ -313,7 +313,8 @@ class ClientConnection:
             if isinstance(error, ssl.SSLEOFError):
                 failure = Abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, Cause.CLOSED, original=error)
             else:
-                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error)
+                dead = dead_peer_limit(self.settings, client)
+                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, dead)
             self._connection_abort(failure, began_at)
             return False
         finally:
@@ -379,8 +380,11 @@ class ClientConnection:
         if record.abort is not None:
             record.forget()
         self.record = None
-        self.waiter.watches.clear()
-        return self._ending == "keep"
+        self.waiter.forget_phases()
+        if self._ending != "keep":
+            return False
+        self.client.end_splice()
+        return True
 
     def _await_first_byte(self) -> bytes:
         """Wait for the next request. Returns: its first octets; b"" if there will be none."""
@@ -414,6 +418,7 @@ class ClientConnection:
             except OSError as error:
                 # Between two requests a reset is as good an end as any.
                 self._closed(f"{classify(error)}")
+                self._ending = "close"
                 return b""
             if not more:
                 self._closed("closed by the client")
@@ -600,7 +605,7 @@ class ClientConnection:
         if (
             upstream is not None  # kept from an earlier request
             and upstream.patience_s
-            and worker.answers_at_once
+            and worker.may_skip_relay
             and len(body) == prepared.whole_with
         ):
             record.upstream = upstream.name
@@ -632,15 +637,16 @@ class ClientConnection:
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
-        octets += body
-        size = len(octets)
+        request = octets + body
+        size = len(request)
         content = record.body_read = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
+        response_octets = b""
         written = taken = 0
         sent_at = first_byte_at = answer = response_head = body_size = chunks = None
         error: Exception | None = None
         try:
-            written = record.upstream_written = upstream.write(octets, NO_WAIT)
+            written = record.upstream_written = upstream.write(request, NO_WAIT)
             if written == size:
                 sent_at = time.monotonic()
                 answer = self.waiter.read_soon(upstream, FIRST_READ)
@@ -654,7 +660,7 @@ class ClientConnection:
                     body_size = parsed.section.content_length
                     if status in _BODILESS or head.method == b"HEAD":
                         body_size = 0
-                    elif parsed.section.chunked and head.minor:
+                    elif parsed.section.chunked:
                         chunks = ChunkedFraming(self.settings.max_head_size.value, parsed.section.options)
                         stop = chunks.feed(answer, head_size, len(answer))
                         if chunks.complete:
@@ -668,10 +674,10 @@ class ClientConnection:
                         and not self.worker.control.draining
                     ):
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
-                        octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
+                        response_octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
                         response_head = parsed
-                        taken = record.client_written = client.write(octets, NO_WAIT)
-                        if taken == len(octets):
+                        taken = record.client_written = client.write(response_octets, NO_WAIT)
+                        if taken == len(response_octets):
                             record.outcome = Outcome(
                                 response_head,
                                 sent_at,
@@ -693,7 +699,16 @@ class ClientConnection:
         except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
             error = other
         return Begun(
-            written, sent_at, answer, first_byte_at, response_head, octets, body_size or 0, chunks, taken, error
+            written,
+            sent_at,
+            answer,
+            first_byte_at,
+            response_head,
+            response_octets,
+            body_size or 0,
+            chunks,
+            taken,
+            error,
         )
 
     def _relay(
@@ -730,7 +745,6 @@ class ClientConnection:
                 request_id,
                 self._context.proxy_name,
             )
-            relay.residue = body
             relay.client_read_watch = client_read
             relay.client_write_watch = client_write
             record.relay = relay
@@ -752,7 +766,6 @@ class ClientConnection:
             if now is None:
                 record.connected_at = now = time.monotonic()
             try:
-                relay.residue = b""
                 relay.attach(upstream, connection.memory, octets, body, now)
                 behind = len(relay.residue)
                 request = relay.request
@@ -760,8 +773,8 @@ class ClientConnection:
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
                 relay.run(begun)
             except Abort as last:
-                # The only catch between the fact and the record: the first event decides, and a kept connection that
-                # had gone stale proves nothing about upstream.
+                # Which event came first is decided here and, where both sides spoke at once, in Relay.run. And a kept
+                # connection that had gone stale proves nothing about upstream.
                 abort = relay.first_of(last)
                 if abort is not last:
                     raise abort from abort.original
@@ -829,7 +842,7 @@ class ClientConnection:
         def wait(fd: int, events: int, at_most_s: float | None) -> bool:
             due_at = None if at_most_s is None else time.monotonic() + at_most_s
             mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
-            reads_ahead = mask != 0 and not self.client.can_splice
+            reads_ahead = mask != 0 and self.client.is_tls
             while True:
                 if reads_ahead:
                     # Under TLS only a read tells the end of the client's side, and whether it is an orderly one.
@@ -844,18 +857,10 @@ class ClientConnection:
                     if reads_ahead:
                         self._read_ahead(head, body, to_its_end=True)
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                    if number:
+                    if number or client_ready & select.POLLERR:
                         # A reset, or the kernel's verdict that nobody is there any more.
-                        error = OSError(number, os.strerror(number))
-                        dead = dead_peer_limit(self.settings, self.client)
-                        raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, dead)
-                    failed = bool(client_ready & select.POLLERR)
-                    raise Abort(
-                        Side.CLIENT,
-                        Phase.CONNECT,
-                        Operation.READ,
-                        Cause.RESET if failed else Cause.CLOSED,
-                    )
+                        raise failed_socket(self.settings, self.client, Phase.CONNECT, Operation.READ, number)
+                    raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
                 if upstream_ready or (due_at is not None and now >= due_at):
                     return bool(upstream_ready)
 
@@ -902,6 +907,7 @@ class ClientConnection:
             and not upstream.has_unread
             and not upstream.mid_record
         ):
+            upstream.end_splice()
             pool.release(connection)
             self.lease = None
             return
@@ -1022,9 +1028,7 @@ class ClientConnection:
                 info = tcp_info(sock)
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number or (info is not None and info.state == "CLOSED"):
-                    error = OSError(number, os.strerror(number)) if number else None
-                    cause = classify(error, Operation.WRITE) if error is not None else Cause.RESET
-                    raise Abort(Side.CLIENT, phase, Operation.WRITE, cause, original=error)
+                    raise failed_socket(self.settings, self.client, phase, Operation.WRITE, number)
             pause_s = min(pause_s * 2, 0.05)
 
     def _tell_client(self, record: Record, abort: Abort) -> None:
@@ -1110,7 +1114,7 @@ class ClientConnection:
             return
         client = self.client
         try:
-            if ending != "cut" and not client.can_splice and not client.mid_write:
+            if ending != "cut" and client.is_tls and not client.mid_write:
                 client.end_write()  # close_notify, which a cut response must not have, and half a record can't
                 self._flush_for(time.monotonic() + _ANSWER_S)
             may_send_more = ending in ("linger", "cut") or bool(self._residue)
@@ -1166,6 +1170,7 @@ class ClientConnection:
         dead = self.settings.peer_dead_timeout
         patience = self.settings.client_write_timeout
         before = 0
+        hung_up = False
         moved_at = time.monotonic()
         while waiting := unacknowledged_bytes(client.sock):
             now = time.monotonic()
@@ -1177,8 +1182,17 @@ class ClientConnection:
                 return
             if control.ending or (control.draining and now >= control.drain_until):
                 return
-            if poller.poll(int(pause_s * 1000) + 1):
+            ready = poller.poll(int(pause_s * 1000) + 1)
+            if ready and ready[0][1] & ~select.POLLHUP:
                 return  # failed: nothing will be taken any more
+            if ready:
+                # Both sides have ended what they write, and the queue still drains. It would end each wait at once.
+                hung_up = True
+                poller.unregister(client.fd)
+            if hung_up:
+                info = tcp_info(client.sock)
+                if info is None or info.state == "CLOSED":
+                    return
             if (
                 dead is not None
                 and client.pulse is not None

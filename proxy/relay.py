@@ -210,15 +210,17 @@ class Begun(typing.NamedTuple):
     """How far an exchange has come without a relay, for one to go on from there."""
 
     written: int  # octets of the request that upstream took
-    sent_at: float | None  # when it had taken all of them
-    answer: bytes | None  # what it then answered, in one read
+    sent_at: float | None  # when it had taken all of them; None: it has not
+    answer: bytes | None  # what upstream then answered, in one read; None: nothing yet
     first_byte_at: float | None  # when that was read
-    response_head: ResponseHead | None  # what the client was told, or is half told, if anything
-    octets: bytes  # head and body of the response to it, of which
-    body_size: int  # octets are the body, framed by
-    chunks: ChunkedFraming | None  # these, or nothing else than its length, and
-    taken: int  # are written
-    error: Exception | None  # what the step behind all that met, if it did not merely have to wait
+    response_head: (
+        ResponseHead | None
+    )  # if the answer was whole, and the client is told it; None: it is told nothing yet
+    octets: bytes  # what the client is told: head and body
+    body_size: int  # how many of these octets are the body
+    chunks: ChunkedFraming | None  # the framing of that body, which it was fed; None: a length, or no body
+    taken: int  # how many of these octets the client took
+    error: Exception | None  # what the last step met, if it did not merely have to wait
 
 
 class Relay:
@@ -306,7 +308,9 @@ class Relay:
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
-        self.client_hung_up = False  # a unix socket says that much of a FIN: whether it takes more, a write will tell
+        self.client_hung_up = (
+            False  # nor polled for: a unix socket says no more of a FIN, TCP says it when both have ended
+        )
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
@@ -464,7 +468,7 @@ class Relay:
                 client_events = max(client_events, 0) | client.read_event
                 if client.has_unread:
                     due_at = 0.0
-            elif client.has_unread or not client.can_splice:
+            elif client.has_unread or client.is_tls:
                 # Under TLS only a read tells the end of the client's side.
                 if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
                     client_events |= client.read_event
@@ -510,9 +514,7 @@ class Relay:
                         self._read_upstream(now)
                     except Abort as abort:
                         # Under TLS only a read tells the end of the client's side.
-                        if abort.side is Side.UPSTREAM and (
-                            client_ready & HUNG_UP or (client_ready and not client.can_splice)
-                        ):
+                        if abort.side is Side.UPSTREAM and (client_ready & HUNG_UP or (client_ready and client.is_tls)):
                             self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
                         raise
                 if (
@@ -548,7 +550,7 @@ class Relay:
             assert source is not None
             assert sink is not None
             if (
-                not source.can_splice  # under TLS more may be left than poll sees
+                source.is_tls  # under TLS more may be left than poll sees
                 or flow.bulk
                 or flow.dechunk
                 or flow.enchunk
@@ -730,10 +732,10 @@ class Relay:
 
     # -- client to upstream ------------------------------------------------------------------------
 
-    def _take_request_octets(self, octets: bytes | bytearray, count: int, held: int = 0) -> None:
+    def _take_request_octets(self, octets: bytes | bytearray, count: int, head_size: int = 0) -> None:
         """Feed the ``count`` octets that the client sent, and put what belongs to this request on the way.
 
-        ``held`` octets of head are there already.
+        ``head_size`` octets of head are there already.
         """
         request = self.request
         framing = request.framing
@@ -762,9 +764,9 @@ class Relay:
         fed_from = 0
         if request.held or framing.undecided:
             octets, stop, fed_from = request.release_decided(octets, stop)
-        if held:
+        if head_size:
             request.octets = bytes(request.octets) + octets[:stop]
-            request.end = held + stop
+            request.end = head_size + stop
         else:
             request.octets = octets
             request.start = 0
@@ -781,7 +783,7 @@ class Relay:
         if wanted and (ready & (client.read_event | HUNG_UP) or client.has_unread):
             self._pump_request(now)
             return
-        if ready & HUNG_UP or not client.can_splice:
+        if ready & HUNG_UP or client.is_tls:
             self._client_ends(ready, allow_half_close)
 
     def _client_ends(self, ready: int, allow_half_close: bool) -> None:
@@ -789,7 +791,7 @@ class Relay:
         client, request = self.client, self.request
         if ready & (select.POLLERR | select.POLLNVAL):
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        tls = not client.can_splice
+        tls = client.is_tls
         ours = not request.framing.complete and self.broken is None  # what comes next belongs to this request
         if ours or not tls:
             if not ready & HUNG_UP:
@@ -853,7 +855,7 @@ class Relay:
                 octets = client.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            if not client.can_splice:
+            if client.is_tls:
                 self._see_progress(self.client_read_watch, now)  # a part of a record
             return  # nothing to read after all: poll says when
         except OSError as error:
@@ -928,7 +930,9 @@ class Relay:
             self._write_failed(request, error)
 
     def _break_request(self, abort: Abort) -> None:
-        """Remember why upstream takes no more, drop what was on the way, and let the response be read."""
+        """Remember why upstream takes no more, and let the response be read. What was on the way stays pending: it
+        counts as not relayed, and no more is read.
+        """
         self.broken = abort
         self.upstream_usable = False
         now = time.monotonic()
@@ -959,7 +963,7 @@ class Relay:
                 octets = upstream.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
         except BlockingIOError:
-            if not upstream.can_splice:
+            if upstream.is_tls:
                 self._see_progress(self.upstream_read_watch, now)  # a part of a record
             return  # nothing to read after all, or not soon: poll says when
         except OSError as error:
@@ -988,6 +992,7 @@ class Relay:
                 octets = self.upstream.read(_BULK_BUFFER, NO_WAIT)
                 if not octets:
                     break
+                self.response.read += len(octets)
                 if is_final:
                     framing.feed(octets, 0, len(octets))
             else:
@@ -1331,16 +1336,12 @@ class Relay:
         flow.bulk = count >= FIRST_READ
         flow.read += count
         flow.last_read_at = now
-        if self.tunnel_watch is not None:
-            self.tunnel_watch.progress(now)
         if flow is self.request:
             self.body_reads += 1
-            if self.client_read_watch is not None:
-                self.client_read_watch.progress(now)
+            self._see_progress(self.client_read_watch, now)
             self._flush_request(now)
         else:
-            if self.upstream_read_watch is not None:
-                self.upstream_read_watch.progress(now)
+            self._see_progress(self.upstream_read_watch, now)
             self._flush_response(now)
 
     def _read_failed(self, flow: Flow, error: OSError) -> Abort:
@@ -1399,9 +1400,7 @@ class Relay:
     def _socket_failed(self, endpoint: AnyEndpoint, operation: Operation) -> Abort:
         """Make the abort of a socket that poll reports as failed: the kernel keeps the reason until it is asked."""
         number = endpoint.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if not number:
-            return Abort(endpoint.side, self.phase_of(endpoint.side, operation), operation, Cause.RESET)
-        return self._abort(endpoint, operation, OSError(number, os.strerror(number)))
+        return failed_socket(self.settings, endpoint, self.phase_of(endpoint.side, operation), operation, number)
 
     def _note(self, side: str, what: str) -> None:
         if len(self.events) < 16:
@@ -1413,6 +1412,16 @@ def status_after_fin(settings: Settings) -> int | None:
     means that it has left.
     """
     return 400 if settings.client_half_close == "allow" else None
+
+
+def failed_socket(settings: Settings, endpoint: AnyEndpoint, phase: Phase, operation: Operation, number: int) -> Abort:
+    """Returns: the abort of a socket that poll reports as failed, with the ``number`` of the error that the kernel told
+    of it, 0 where that was told before: then it was a reset.
+    """
+    if not number:
+        return Abort(endpoint.side, phase, operation, Cause.RESET)
+    error = OSError(number, os.strerror(number))
+    return socket_abort(endpoint.side, phase, operation, error, dead_peer_limit(settings, endpoint))
 
 
 def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:

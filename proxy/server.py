@@ -229,14 +229,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     # -- the end -----------------------------------------------------------------------------------
 
-    def stop_accepting(self) -> None:
-        """Serve what the kernel has queued, then refuse. Connections that are open go on."""
+    def stop_accepting(self, backlog: int) -> None:
+        """Serve what the kernel has queued, at most ``backlog``, then refuse. Connections that are open go on."""
         with self._lock:
             if self._stopped:
                 return
             self._stopped = True
         os.set_blocking(self.socket.fileno(), False)
-        while True:
+        for _ in range(backlog + 1):  # more have come since
             try:
                 request, address = self.socket.accept()
             except OSError:

@@ -305,7 +305,7 @@ class IdleConnections:
 
 
 class _LeasingPool:
-    """What both pools add to urllib3's: lease, release and discard."""
+    """What both pools add to urllib3's: lease, release and sweep."""
 
     url: UpstreamUrl
     settings: Settings

@@ -155,7 +155,7 @@ class Waiter:
         return endpoint.read(size, 0)
 
     def peek_client(self) -> int:
-        """Returns: whether the client's side has ended, as poll says it, without waiting."""
+        """Returns: poll's events of the client's end, 0 if it has not ended; without waiting."""
         poller = select.poll()
         poller.register(self.client.fd, POLLRDHUP)
         return sum(events for _, events in poller.poll(0))

@@ -56,7 +56,7 @@ class SharedCounts:
         self._cells = memoryview(self._memory).cast("Q")
         self.workers = workers
 
-    def slot(self, index: int) -> memoryview:
+    def cells(self, index: int) -> memoryview:
         """Returns: the cells of one worker."""
         width = len(Tally.NAMES)
         return self._cells[index * width : (index + 1) * width]
@@ -209,7 +209,7 @@ class WorkerProcess:
         self.control_fd = control_fd
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
-        self.tally = Tally(counts.slot(index))
+        self.tally = Tally(counts.cells(index))
         # An earlier process in this place has counted, and the process above counts its own lines itself.
         self._lost_before = self.tally.counts()["lost_lines"] - log.lost_lines
         self.worker: Worker = make_worker(
@@ -306,8 +306,8 @@ class WorkerProcess:
         if not control.draining:
             control.drain_until = until
             control.draining = True
-            self.server.stop_accepting()
             os.write(self._wake_write, b"!")  # and never read: every wait of every thread sees it
+            self.server.stop_accepting(_BACKLOG)
         else:
             control.drain_until = min(control.drain_until, until)
 
@@ -604,15 +604,15 @@ class Supervisor:
             )
             if self.killed and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
                 how += " from the process above it, as its time in the drain was over"
-            left = self._write_records(index, pid, how)
+            left = self._write_records(index, pid, status, how)
             if status or not self.stopping:
                 self._mourn(index, pid, status, how, left)
 
-    def _write_records(self, index: int, pid: int, how: str) -> int:
+    def _write_records(self, index: int, pid: int, status: int, how: str) -> int:
         """Write the records that a worker can't write any more. Returns: how many there were."""
-        cells = Tally(self.counts.slot(index))
+        cells = Tally(self.counts.cells(index))
         left = self.in_flight.left_by(index)
-        overdue = self.stopping and (self.killed or how == "with status 0")
+        overdue = self.stopping and (self.killed or status == 0)
         cause = Cause.SHUTDOWN if overdue else Cause.INTERNAL
         for request in left:
             self.log.event("warning", "request.abort", **left_in_flight(request, cause, pid, how))
@@ -621,7 +621,7 @@ class Supervisor:
 
     def _mourn(self, index: int, pid: int, status: int, how: str, left: int) -> None:
         """A worker died unasked: say so, and start another unless all are to end."""
-        cells = Tally(self.counts.slot(index))
+        cells = Tally(self.counts.cells(index))
         counts = cells.counts()
         lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
         cells.set(CONNECTIONS, 0)

@@ -9,6 +9,7 @@ import collections
 import collections.abc
 import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 import pathlib
@@ -38,6 +39,7 @@ from proxy.grammar import MalformedMessage
 from proxy.inflight import InFlightTable
 from proxy.log import EventLog
 from proxy.record import Tally
+from proxy.relay import Relay
 from proxy.upstream import upstream_pool
 from proxy.waiting import Control
 
@@ -667,6 +669,37 @@ def test_no_limit_can_run_out_where_nobody_looks_at_limits(
                 assert wire.read_response().body == b"fine"
         assert (AT_ONCE in ways) is (value != "0.09")
         assert ways[0] == RELAY  # on a connection of its own
+
+
+# -- what one exchange leaves to the next ------------------------------------------------------------------------------
+
+
+def _large_and_small(wire: Wire) -> None:
+    while True:
+        target = wire.read_request().split()[1]
+        wire.send(ok(b"l" * 2_000_000) if target == b"/large" else FINE)
+
+
+def test_a_connection_that_was_spliced_is_as_quick_as_before(tmp_path: pathlib.Path) -> None:
+    witness = Witness(tmp_path)
+    with Upstream(_large_and_small) as upstream, ProxyProcess(upstream.url, env=witness.env) as proxy:
+        with connect(proxy.address) as wire:
+            for target in ("/1", "/2", "/large", "/3", "/large", "/4", "/5"):
+                wire.get(target)
+                assert wire.read_response().status == 200
+        assert len(upstream.wires) == 1
+        for target in ("/2", "/3", "/4", "/5"):
+            assert witness.seen(target) in ([AT_ONCE], [IN_VAIN, RELAY]), target
+        assert AT_ONCE in witness.seen("/4") + witness.seen("/5")
+
+
+def test_an_idle_connection_holds_no_relay(log: EventLog) -> None:
+    with _served_here(log) as (wire, _):
+        for _ in range(2):
+            wire.send(b"PUT /x HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
+            wire.send(chunk(b"x" * 100_000) + b"0\r\n\r\n")
+            assert wire.read_response().body == b"fine"
+        wait_until(lambda: not [each for each in gc.get_objects() if isinstance(each, Relay)])
 
 
 # -- a client that does not read --------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Two ends of one exchange, one behind the other: the first decides, and neither is taken for another kind of end."""
 
+import contextlib
 import fcntl
+import os
 import pathlib
 import socket
 import ssl
@@ -13,7 +15,7 @@ import pytest
 
 from conftest import Certificates
 from harness import ProxyProcess, check_record, wait_until
-from peers import Upstream, Wire, chunk, connect, full_listener, ok, silent
+from peers import Upstream, Wire, answer_all, chunk, connect, full_listener, ok, silent
 from proxy.aborts import Abort
 from proxy.config import load_settings
 from proxy.endpoint import Endpoint
@@ -27,6 +29,7 @@ _HEAD = b"GET /%b HTTP/1.1\r\nHost: t\r\n\r\n"
 _UPGRADE = b"GET /x HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
 _SWITCH = b"HTTP/1.1 101 S\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
 _BIG = 600_000
+_LINE = b"x" * 60_000
 
 
 def _big_then_silent(wire: Wire) -> None:
@@ -410,3 +413,80 @@ def test_a_response_that_is_read_whole_is_no_matter_of_upstreams_any_more(length
         decides = relay.first_of(abort)
     assert decides.side is side
     assert decides.cause is Cause.RESET
+
+
+def test_what_was_read_to_find_out_how_upstream_ended_is_counted() -> None:
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100000000\r\n\r\n")
+        wire.sock.settimeout(0.3)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                wire.sent.add(_LINE[: wire.sock.send(_LINE)])
+        ended.set()
+
+    ended = threading.Event()
+    with (
+        Upstream(script, "unix") as upstream,
+        ProxyProcess(upstream.url) as proxy,
+        connect(proxy.address, receive_buffer=8192) as wire,
+    ):
+        wire.get()
+        assert ended.wait(10)
+        time.sleep(0.1)
+        wire.reset()
+        record = proxy.next_request()
+        check_record(record)
+        (peer,) = upstream.wires
+        assert (record["side"], record["cause"]) == ("upstream", "closed")
+        assert record["bytes"]["upstream_read"] == peer.sent.count
+
+
+def test_a_verdict_that_comes_behind_the_last_octet_names_its_limit() -> None:
+    """All of the response is in the client's socket, which is waited for."""
+    with (
+        Upstream(answer_all(ok(b"x" * 300_000))) as upstream,
+        ProxyProcess(upstream.url, "--tcp-user-timeout", "0.5") as proxy,
+        connect(proxy.address, receive_buffer=8192) as wire,
+    ):
+        wire.get()
+        record = proxy.next_request()
+        check_record(record)
+    assert (record["side"], record["phase"], record["cause"]) == ("client", "response_body", "dead_peer")
+    assert record["limit"]["name"] == "tcp_user_timeout"
+    assert record["limit"]["source"] == "flag"
+    assert record["bytes"]["response_body"] == 300_000
+
+
+def test_a_client_that_has_said_all_and_pauses_gets_the_rest() -> None:
+    """Both sides of a tunnel have ended, which poll calls a hang-up, and the queue to the client is full."""
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(_SWITCH)
+        assert wire.await_end() == "fin"
+        wire.send(b"x" * 1_000_000)
+
+    with (
+        contextlib.ExitStack() as stack,
+        Upstream(script) as upstream,
+        ProxyProcess(upstream.url) as proxy,
+    ):
+        (worker,) = proxy.worker_pids()
+
+        def sockets() -> int:
+            names = [os.readlink(each) for each in pathlib.Path(f"/proc/{worker}/fd").iterdir() if each.is_symlink()]
+            return sum(name.startswith("socket:") for name in names)
+
+        before = sockets()
+        wire = stack.enter_context(connect(proxy.address, receive_buffer=8192))
+        wire.send(_UPGRADE)
+        wire.read_head()
+        wire.end_write()
+        assert proxy.next_request()["event"] == "request.complete"
+        time.sleep(0.5)
+        # A socket that was closed would be the kernel's, which gives it up after some minutes.
+        assert sockets() == before + 1
+        assert len(wire.read_to_end()) == 1_000_000
+        assert wire.end == "fin"
+        wait_until(lambda: sockets() == before)
