@@ -377,14 +377,13 @@ class ClientConnection:
         if relay is not None:
             self._residue = relay.residue
             relay.release()
+            self.waiter.forget_phases()
+            self.client.end_splice()
         if record.abort is not None:
             record.forget()
         self.record = None
-        self.waiter.forget_phases()
-        if self._ending != "keep":
-            return False
-        self.client.end_splice()
-        return True
+        self.waiter.watches.clear()
+        return self._ending == "keep"
 
     def _await_first_byte(self) -> bytes:
         """Wait for the next request. Returns: its first octets; b"" if there will be none."""

@@ -21,9 +21,11 @@ _UPGRADE = b"Connection: Upgrade\r\nUpgrade: tcp\r\n"
 
 # Requests by what they go through; "post" needs no relay, as its answer comes at once. What upstream does is in
 # ``_serve``.
+_IN_CHUNKS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"fine") + b"0\r\n\r\n"
 _REQUESTS = {
     "post": b"POST /post HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\nhello",
     "post in chunks": b"POST /chunks HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    "chunks both ways": b"POST /both HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     "fresh": b"GET /fresh HTTP/1.1\r\nHost: t\r\n\r\n",
     "big": b"GET /big HTTP/1.1\r\nHost: t\r\n\r\n",
     "upload": b"POST /upload HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % len(_BIG) + _BIG,
@@ -51,8 +53,11 @@ def _serve(wire: Wire) -> None:
             case b"/upload":
                 wire.read_exactly(len(_BIG))
                 wire.send(ok(b"fine"))
+            case b"/both":
+                wire.read_until(b"0\r\n\r\n")
+                wire.send(_IN_CHUNKS)
             case b"/chunked":
-                wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"fine") + b"0\r\n\r\n")
+                wire.send(_IN_CHUNKS)
             case b"/tunnel":
                 wire.send(b"HTTP/1.1 101 UPGRADED\r\n" + _UPGRADE + b"\r\n")
                 while octets := wire.read():
@@ -206,11 +211,12 @@ _ANSWERED = [
     ("relay.prepare_response", "post in chunks", None),
     ("relay.prepare_response", "tunnel", None),
     ("relay.serialize_response", "post in chunks", None),
-    ("relay.serialize_response", "chunked", None),
+    ("relay.serialize_response", "chunks both ways", None),
     ("relay.Relay._begin_tunnel", "tunnel", "response_head"),
     ("relay.Relay._flush_response", "post in chunks", None),
     ("framing.LengthFraming.feed", "big", None),
     ("framing.ChunkedFraming.feed", "chunked", None),
+    ("framing.ChunkedFraming.feed", "chunks both ways", None),
     ("client.write", "post", None),
     ("client.write", "post in chunks", None),
 ]  # fmt: skip
@@ -276,7 +282,7 @@ _AFTER = [
     ("exchange.ClientConnection._settle", "post"),
     ("exchange.ClientConnection._settle", "post in chunks"),
     ("exchange.ClientConnection._settle", "big"),
-    ("exchange.ClientConnection._ending_after", "chunked"),
+    ("exchange.ClientConnection._ending_after", "chunks both ways"),
     ("exchange.ClientConnection._await_delivery", "big"),
 ]
 
