@@ -181,6 +181,10 @@ REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ([\x21-\x7e]++) HTT
 TOLD_METHOD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ")
 TOLD_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++ ([^\x00-\x20\x7f]++)(?: [^\x00-\x20\x7f]*+)?")
 
+# What may be quoted of a target, and of what stands in place of a version.
+BEFORE_QUERY = re.compile(rb"[^?&#]*+")
+LIKE_A_VERSION = re.compile(rb"[A-Za-z]{1,5}+/?[0-9.]{0,8}+")
+
 # RFC 9112 §4. The space before an empty reason phrase is required there; enough servers leave it out, and nothing hangs
 # on it, that we take both.
 STATUS_LINE = re.compile(rb"HTTP/([0-9])\.([0-9]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*+))?")
@@ -268,7 +272,7 @@ as the same octets come again (``SectionMemory``, one for each connection and di
 """
 
 
-# --- proxy/head.py, line 28 ---
+# --- proxy/head.py, line 30 ---
 
 # The fields whose values this proxy looks at; all others are relayed unread.
 _READ_FIELDS = frozenset(
@@ -541,7 +545,9 @@ def _find_stray(octets: bytes, start: int = 0) -> int | None:
 
 def _without_query(target: bytes) -> bytes:
     """Returns: a target as an error may quote it: secrets are in queries, fragments and user information."""
-    path = target.partition(b"#")[0].partition(b"?")[0]
+    match = BEFORE_QUERY.match(target)
+    assert match is not None  # the pattern takes an empty path, too
+    path = match[0]
     mark = target[len(path) : len(path) + 1]
     return _without_user(path) + (mark + b"..." if mark else b"")
 
@@ -576,15 +582,20 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
     if not line:
         return MalformedMessage("an empty request line", 0)
     if TOKEN.fullmatch(parts[0]) is None:
-        return MalformedMessage("a method that is no token", 0, _without_query(parts[0]))
+        # The octet alone: where a body was longer than its length, its rest stands here.
+        token = TOKEN.match(parts[0])
+        at = token.end() if token is not None else 0
+        return MalformedMessage("a method that is no token", at, line[at : at + 1])
     if len(parts) < 3:
         return MalformedMessage("a request line without an HTTP version", len(line), _without_query(line))
     if len(parts) > 3:
-        return MalformedMessage("more than two spaces in the request line", len(parts[0]), _without_query(line))
+        at = len(b" ".join(parts[:3]))
+        return MalformedMessage("more than two spaces in the request line", at, b" ")
     if not parts[1]:
         return MalformedMessage("two spaces in a row in the request line", len(parts[0]), _without_query(line))
     if REQUEST_LINE.fullmatch(b"GET / " + parts[2]) is None:
-        return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), _without_query(parts[2]))
+        quoted = parts[2] if LIKE_A_VERSION.fullmatch(parts[2]) is not None else parts[2][:1]
+        return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), quoted)
     return MalformedMessage(
         "octets outside visible ASCII in the request target", len(parts[0]) + 1, _without_query(parts[1])
     )
@@ -1951,6 +1962,428 @@ class Watch:
         return None if over is None else (over[1], over[2])
 
 
+# --- proxy/log.py, line 1 ---
+
+"""One JSON line for each event, whole or not at all, to a file or to stderr.
+
+A line is one ``write``. Where the file can't be written, the loss is counted and the line goes to stderr; a transfer
+never waits for its log for longer than a moment, and never fails because of it. The file is opened anew on request,
+for log rotation.
+"""
+
+
+# --- proxy/log.py, line 22 ---
+
+try:
+    import pythonjsonlogger.json
+
+    _BaseFormatter: typing.Any = pythonjsonlogger.json.JsonFormatter
+except ModuleNotFoundError:  # python-json-logger before 3.1, as in Debian 12
+    import pythonjsonlogger.jsonlogger
+
+    _BaseFormatter = pythonjsonlogger.jsonlogger.JsonFormatter  # type: ignore[attr-defined,unused-ignore]  # as the release has it
+
+SCHEMA_VERSION = 1
+MAX_LINE = 32 * 1024
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+# How long one line may wait for a pipe whose reader does not read, or for its turn.
+_PATIENCE_S = 1.0
+# And for its turn where the reader, or who holds the lock, did not move before.
+_SHORT_PATIENCE_S = 0.05
+# A line that is lost so long after the last one is the first of another outage.
+_OUTAGE_S = 1.0
+
+# The second for which the text was made, in nanoseconds, and the text.
+_known_second: tuple[int, str] = (0, "")
+
+
+def timestamp() -> str:
+    """Returns: now, as RFC 3339 in UTC with milliseconds."""
+    global _known_second  # a new tuple each second; a torn read is not possible
+    now_ns = time.time_ns()
+    begin_ns, text = _known_second
+    rest_ns = now_ns - begin_ns
+    if not 0 <= rest_ns < 1_000_000_000:
+        rest_ns = now_ns % 1_000_000_000
+        begin_ns = now_ns - rest_ns
+        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(begin_ns // 1_000_000_000))
+        _known_second = begin_ns, text
+    return f"{text}.{rest_ns // 1_000_000:03d}Z"
+
+
+class RecordFormatter(_BaseFormatter):  # type: ignore[misc]  # the class has two homes, and types in one of them only
+    """python-json-logger's formatter for both ways into the log: ``logging`` records of libraries, and the proxy's
+    own events.
+
+    The proxy's own do not pass through ``LogRecord`` and the merging of extra fields, which cost more than relaying a
+    small request.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+        self._encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), default=repr).encode
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A library's own log line, as an event."""
+        return self.line(
+            record.levelname.lower() if record.levelname.lower() in LEVELS else "error",
+            "library.log",
+            {"message": record.getMessage(), "logger": record.name, "pid": record.process},
+        )
+
+    def line(self, level: str, event: str, fields: dict[str, object]) -> str:
+        """Returns: the JSON line of an event, with its newline, at most ``MAX_LINE`` octets: the longest strings are
+        cut if need be.
+        """
+        full = {"time": timestamp(), "level": level, "event": event, "schema_version": SCHEMA_VERSION, **fields}
+        text: str = self._encode(full)
+        room = MAX_LINE // 2
+        while len(text) >= MAX_LINE and room > 64:
+            text = self._encode(_cut_strings(full, room))
+            room //= 2
+        return text + "\n"
+
+
+def _cut_strings(value: object, room: int) -> object:
+    """Returns: ``value`` with every string cut to what takes at most ``room`` octets in JSON."""
+    if isinstance(value, str):
+        if len(value) * 6 <= room or len(json.dumps(value)) <= room:
+            return value
+        kept = value[:room]
+        while len(json.dumps(kept)) > room:
+            kept = kept[: len(kept) * 3 // 4]
+        return kept + f"... ({len(value) - len(kept)} more characters)"
+    if isinstance(value, dict):
+        return {key: _cut_strings(item, room) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cut_strings(item, room) for item in value]
+    return value
+
+
+class SharedState:
+    """What all processes that write to one log know of it: a lock between them, and how the last write ended."""
+
+    def __init__(self) -> None:
+        self._lock_fd = os.memfd_create("log-lock", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else None
+        self._cells = mmap.mmap(-1, 2)
+
+    @property
+    def torn(self) -> bool:
+        """Whether a part of a line stands at the end: the next line must not be glued to it."""
+        return self._cells[0] != 0
+
+    @torn.setter
+    def torn(self, value: bool) -> None:
+        self._cells[0] = value
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the reader of a pipe had not read for too long, or a process had not let go of the lock: nobody waits
+        for that again until it does.
+        """
+        return self._cells[1] != 0
+
+    @stuck.setter
+    def stuck(self, value: bool) -> None:
+        self._cells[1] = value
+
+    @contextlib.contextmanager
+    def locked(self, until: float) -> collections.abc.Iterator[None]:
+        """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart.
+
+        Raises: BlockingIOError if another process does not let go of it until then: it was stopped there, say.
+        """
+        if self._lock_fd is None:
+            yield
+            return
+        while True:
+            try:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= until:
+                    self.stuck = True
+                    raise BlockingIOError(errno.EAGAIN, "another process does not let go of the log") from None
+                time.sleep(0.0005)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
+
+
+class LineFile:
+    """An open file that takes whole lines.
+
+    A regular file takes each in one appending write. For a pipe, a socket or a terminal, a lock that all workers share
+    keeps a line larger than the kernel's atomic size together, and a reader that has stopped costs a line, not a
+    transfer.
+    """
+
+    def __init__(self, fd: int, shared: SharedState) -> None:
+        """Take over ``fd``, unless it is stderr."""
+        self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        self.fd, self._waits = (fd, False) if self.is_regular else _private_description(fd)
+        self._shared = shared
+        self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads
+
+    def write(self, data: bytes) -> None:
+        """Write one line. Raises: OSError if it could not be written whole."""
+        if self.is_regular:
+            if self._shared.torn:
+                self._begin_line()
+            written = os.write(self.fd, data)
+            if written != len(data):
+                self._take_back(data[:written])
+                raise OSError(errno.ENOSPC, "only a part of the line fit")
+            return
+        with self._alone():
+            self._write_waiting(data)
+
+    @contextlib.contextmanager
+    def _alone(self) -> collections.abc.Iterator[None]:
+        """Keep out threads and processes. Raises: BlockingIOError if that takes too long."""
+        patience_s = _SHORT_PATIENCE_S if self._shared.stuck else _PATIENCE_S
+        until = time.monotonic() + patience_s
+        if not self._lock.acquire(timeout=patience_s):
+            raise BlockingIOError(errno.EAGAIN, "too many lines wait for the log")
+        try:
+            with self._shared.locked(until):
+                yield
+        finally:
+            self._lock.release()
+
+    def _begin_line(self) -> None:
+        with self._alone():
+            if self._shared.torn:
+                os.write(self.fd, b"\n")
+                self._shared.torn = False
+
+    def _take_back(self, part: bytes) -> None:
+        """A full disk took a part of a line: remove it again, or at least keep it apart from the next one."""
+        try:
+            reader = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                begin = os.fstat(reader).st_size - len(part)
+                if begin >= 0 and os.pread(reader, len(part), begin) == part:
+                    os.ftruncate(self.fd, begin)
+                    return
+            finally:
+                os.close(reader)
+        except OSError:
+            pass  # it may not be read, say: then the part stays, as a line of its own
+        self._shared.torn = True
+
+    def _write_waiting(self, data: bytes) -> None:
+        shared = self._shared
+        give_up_at = time.monotonic() + (0.0 if shared.stuck else _PATIENCE_S)
+        poller = select.poll()
+        poller.register(self.fd, select.POLLOUT)
+        view = memoryview(b"\n" + data if shared.torn else data)
+        while view:
+            wait_s = max(0.0, give_up_at - time.monotonic())
+            if not poller.poll(wait_s * 1000):
+                shared.stuck = True
+                raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
+            try:
+                # Where a write may wait inside the kernel, no more than poll has promised room for.
+                count = os.write(self.fd, view[: select.PIPE_BUF] if self._waits else view)
+            except BlockingIOError:
+                # poll promises one page; this line is larger than what is free.
+                if time.monotonic() >= give_up_at:
+                    shared.stuck = True
+                    raise
+                time.sleep(0.005)
+                continue
+            view = view[count:]
+            shared.torn = bool(view)
+            give_up_at = time.monotonic() + _PATIENCE_S
+        shared.stuck = False
+
+    def replace(self, fd: int) -> None:
+        """Write to another open file from now on, which is taken over. Safe while other threads write."""
+        fresh = LineFile(fd, self._shared)
+        # The number stays: a thread may be about to write to it, and must not find another file under it.
+        os.dup2(fresh.fd, self.fd, inheritable=False)
+        os.close(fresh.fd)
+        self.is_regular, self._waits = fresh.is_regular, fresh._waits
+        self._shared.torn = False
+
+
+def _private_description(fd: int) -> tuple[int, bool]:
+    """Returns: a descriptor for the same pipe, terminal or socket, and whether its writes may wait."""
+    # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
+    # socket can't be opened that way and stays as it is: journald reads its sockets. Nor can another user's pipe.
+    try:
+        private = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return fd, os.get_blocking(fd)
+    if fd > 2:
+        os.close(fd)
+    return private, False
+
+
+class EventLog:
+    """Where events go: level, file, and what happens when it can't be written. Safe from any thread."""
+
+    def __init__(self, path: str, level: str) -> None:
+        """Open ``path`` (``-`` is stderr). Raises: OSError if it can't be opened."""
+        self.path = path
+        self.threshold = LEVELS[level]
+        self.info_enabled = self.threshold <= LEVELS["info"]
+        self.formatter = RecordFormatter()
+        self.lost_lines = 0
+        self.on_loss: collections.abc.Callable[[], None] | None = None  # called for each lost line
+        self._lock = threading.Lock()  # guards lost_lines and _lost_at
+        self._lost_at = -_OUTAGE_S
+        self._removed = False  # the file has no name any more, and could not be made anew
+        fd = 2 if path == "-" else self._open()
+        self._stderr = LineFile(2, SharedState())
+        self._file = self._stderr if path == "-" else LineFile(fd, SharedState())
+
+    def _open(self) -> int:
+        # O_NONBLOCK: a named pipe that nobody reads is an error, and not an endless wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(self.path, flags, 0o640)
+
+    def event(self, level: str, event: str, **fields: object) -> None:
+        """Write one event. Never raises for the file's sake."""
+        if LEVELS[level] >= self.threshold:
+            self.write(self.formatter.line(level, event, fields))
+
+    def answer(self, event: str, **fields: object) -> None:
+        """Write one event at level info, whatever the threshold: somebody asked for it."""
+        self.write(self.formatter.line("info", event, fields))
+
+    def write(self, line: str) -> None:
+        """Write one finished line. Raises nothing: a transfer must not fail because of its log."""
+        data = line.encode("ascii")
+        try:
+            if self._removed:
+                raise FileNotFoundError(errno.ENOENT, "the file was removed, and can't be made anew")
+            self._file.write(data)
+        except Exception as error:  # noqa: BLE001  # a bug in here has no other log to be told to
+            self._lose(data, error)
+
+    def _lose(self, data: bytes, error: Exception) -> None:
+        with self._lock:
+            self.lost_lines += 1
+            now = time.monotonic()
+            first = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
+            self._lost_at = now
+        if self.on_loss is not None:
+            self.on_loss()
+        if self._file is self._stderr:
+            return
+        try:
+            if first:
+                text = f"{self.path} can't be written ({error}); log lines go to stderr, {self.lost_lines} so far"
+                self._stderr.write(self.formatter.line("error", "log.lost", {"message": text}).encode("ascii"))
+            self._stderr.write(data)
+        except OSError:
+            # Neither the file nor stderr takes the line: counting it, above, is all that is left to do.
+            return
+
+    def reopen(self) -> bool:
+        """Open the file anew, as after rotation. If that fails the old one stays in use, unless nobody could ever read
+        it.
+
+        Returns: whether there is a file, and it was opened anew. If not, an event says why.
+        """
+        if self.path == "-":
+            return False
+        try:
+            self._file.replace(self._open())
+        except OSError as error:
+            self._removed = os.fstat(self._file.fd).st_nlink == 0
+            meanwhile = (
+                "lines go to stderr, as the old file was removed" if self._removed else "the old file stays in use"
+            )
+            text = f"{self.path} can't be opened, {meanwhile}: {error}"
+            self.event("error", "log.reopen", message=text, pid=os.getpid())
+            return False
+        self._removed = False
+        return True
+
+    def capture_library_logs(self) -> None:
+        """Send what libraries log at warning and above through this log, as events."""
+        handler = _LibraryHandler(self)
+        handler.setFormatter(self.formatter)
+        root = logging.getLogger()
+        root.handlers[:] = [handler]
+        root.setLevel(max(logging.WARNING, self.threshold))
+
+
+class _LibraryHandler(logging.Handler):
+    def __init__(self, log: EventLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.write(self.format(record))
+
+
+# --- proxy/masking.py, line 1 ---
+
+"""Octets of peers as text for a log: what is not printable escaped, secrets in a target masked."""
+
+
+# --- proxy/masking.py, line 7 ---
+
+# User information: of the target's own authority; of a URL further in; of one whose delimiters are percent-encoded. It
+# ends with the last "@" before what can't be in it.
+_USER_INFORMATION = re.compile(
+    rb"^((?:[a-z][a-z0-9+.\-]*://)?)[^/?#]+(@)|(://)[^/?#&]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)",
+    re.IGNORECASE,
+)
+# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
+# a value has fields of its own, percent-encoded or not.
+_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
+_SECRET_NAMES = frozenset(
+    b"access_token api-key api_key apikey auth authorization client_secret credential credentials id_token jwt key pass"
+    b" passwd password pwd refresh_token secret secret_key session sig signature token x-amz-credential"
+    b" x-amz-security-token x-amz-signature x-goog-credential x-goog-signature".split()
+)
+
+
+def printable(octets: bytes) -> str:
+    """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
+    text = octets.decode("ascii", "backslashreplace")
+    return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
+
+
+def path_text(path: str) -> str:
+    """Returns: a path of the file system as text for a log: octets that are no UTF-8 as ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def mask_user(text: str) -> str:
+    """Returns: ``text`` as an error may quote it: the user information of a URL in it replaced by ``***``."""
+    return re.sub(r"(//)[^/].*@", r"\1***@", text)
+
+
+def mask_secrets(target: bytes) -> bytes:
+    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
+    fragment, which no target has, goes.
+    """
+    if b"@" in target or b"%40" in target:
+        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
+    if b"?" not in target and b"&" not in target and b"#" not in target:
+        return target
+    target, fragment, _ = target.partition(b"#")
+    first, *others = target.split(b"&")
+    path, mark, field = first.partition(b"?")
+    masked = b"&".join([path + mark + _mask_field(field), *map(_mask_field, others)])
+    return masked + (b"#***" if fragment else b"")
+
+
+def _mask_field(field: bytes) -> bytes:
+    for match in _FIELD_NAME.finditer(field):
+        name = match[1]
+        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
+            return field[: match.end()] + b"***"
+    return field
+
+
 # --- proxy/config.py, line 1 ---
 
 """Which options there are, and the value of each with the place where it was set.
@@ -1961,7 +2394,7 @@ with name, value, source and mend. Files that other options name are not opened 
 """
 
 
-# --- proxy/config.py, line 24 ---
+# --- proxy/config.py, line 25 ---
 
 ENVIRONMENT_PREFIX = "PROXY_"
 
@@ -2295,7 +2728,9 @@ class Settings:
                 case Bound():
                     value = value.value
                 case TcpAddress() | UnixAddress() | UpstreamUrl():
-                    value = str(value)
+                    value = path_text(str(value))
+                case str():
+                    value = path_text(value)
                 case _:
                     pass
             described[option.name] = {"value": value, "source": self.sources[option.name]}
@@ -2787,6 +3222,8 @@ def _parse_unix_path(text: str) -> str:
     if text.startswith("//"):
         # unix://var/run/docker.sock names the host "var".
         if not text.startswith("///"):
+            if "@" in text[2:].partition("/")[0]:
+                raise _BadValue("holds a user name or password", "write unix:///PATH, with three slashes")
             raise _BadValue("has a host", f"write unix:///{_cut(text[2:])}, with three slashes")
         text = text[2:]
     if not text or text.endswith("/"):
@@ -2850,14 +3287,14 @@ def _cut(text: str) -> str:
 
 
 def _quoted(value: object) -> str:
-    text = repr(value)
+    text = mask_user(repr(value))
     return text if len(text) <= _QUOTED_LENGTH else text[:_QUOTED_LENGTH] + "..."
 
 
 def _shown(option: Option | None, text: str) -> str:
     # A password someone put into the URL stays out of journals.
     is_url = option is None or option.kind is Kind.UPSTREAM
-    return _quoted(re.sub(r"(^|//)[^/].*@", r"\1***@", text) if is_url else text)
+    return _quoted(re.sub(r"^[^/].*@", "***@", mask_user(text)) if is_url else text)
 
 
 def _unknown(option: str, value: object, source: str, name: str, spellings: list[str], asked: str) -> str:
@@ -2868,385 +3305,6 @@ def _unknown(option: str, value: object, source: str, name: str, spellings: list
         return f"{what}: is not available in this version; leave it out"
     close = difflib.get_close_matches(asked, spellings, n=1)
     return f"{what}: unknown; " + (f"did you mean {close[0]}?" if close else "--help lists the options")
-
-
-# --- proxy/log.py, line 1 ---
-
-"""One JSON line for each event, whole or not at all, to a file or to stderr.
-
-A line is one ``write``. Where the file can't be written, the loss is counted and the line goes to stderr; a transfer
-never waits for its log for longer than a moment, and never fails because of it. The file is opened anew on request,
-for log rotation.
-"""
-
-
-# --- proxy/log.py, line 22 ---
-
-try:
-    import pythonjsonlogger.json
-
-    _BaseFormatter: typing.Any = pythonjsonlogger.json.JsonFormatter
-except ModuleNotFoundError:  # python-json-logger before 3.1, as in Debian 12
-    import pythonjsonlogger.jsonlogger
-
-    _BaseFormatter = pythonjsonlogger.jsonlogger.JsonFormatter  # type: ignore[attr-defined,unused-ignore]  # as the release has it
-
-SCHEMA_VERSION = 1
-MAX_LINE = 32 * 1024
-LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-# How long one line may wait for a pipe whose reader does not read.
-_PATIENCE_S = 1.0
-# A line that is lost so long after the last one is the first of another outage.
-_OUTAGE_S = 1.0
-
-# The second for which the text was made, in nanoseconds, and the text.
-_known_second: tuple[int, str] = (0, "")
-
-
-def timestamp() -> str:
-    """Returns: now, as RFC 3339 in UTC with milliseconds."""
-    global _known_second  # a new tuple each second; a torn read is not possible
-    now_ns = time.time_ns()
-    begin_ns, text = _known_second
-    rest_ns = now_ns - begin_ns
-    if not 0 <= rest_ns < 1_000_000_000:
-        rest_ns = now_ns % 1_000_000_000
-        begin_ns = now_ns - rest_ns
-        text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(begin_ns // 1_000_000_000))
-        _known_second = begin_ns, text
-    return f"{text}.{rest_ns // 1_000_000:03d}Z"
-
-
-class RecordFormatter(_BaseFormatter):  # type: ignore[misc]  # the class has two homes, and types in one of them only
-    """python-json-logger's formatter for both ways into the log: ``logging`` records of libraries, and the proxy's
-    own events.
-
-    The proxy's own do not pass through ``LogRecord`` and the merging of extra fields, which cost more than relaying a
-    small request.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("%(message)s")
-        self._encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"), default=repr).encode
-
-    def format(self, record: logging.LogRecord) -> str:
-        """A library's own log line, as an event."""
-        return self.line(
-            record.levelname.lower() if record.levelname.lower() in LEVELS else "error",
-            "library.log",
-            {"message": record.getMessage(), "logger": record.name, "pid": record.process},
-        )
-
-    def line(self, level: str, event: str, fields: dict[str, object]) -> str:
-        """Returns: the JSON line of an event, with its newline, at most ``MAX_LINE`` octets: the longest strings are
-        cut if need be.
-        """
-        full = {"time": timestamp(), "level": level, "event": event, "schema_version": SCHEMA_VERSION, **fields}
-        text: str = self._encode(full)
-        room = MAX_LINE // 2
-        while len(text) >= MAX_LINE and room > 64:
-            text = self._encode(_cut_strings(full, room))
-            room //= 2
-        return text + "\n"
-
-
-def _cut_strings(value: object, room: int) -> object:
-    """Returns: ``value`` with every string cut to what takes at most ``room`` octets in JSON."""
-    if isinstance(value, str):
-        if len(value) * 6 <= room or len(json.dumps(value)) <= room:
-            return value
-        kept = value[:room]
-        while len(json.dumps(kept)) > room:
-            kept = kept[: len(kept) * 3 // 4]
-        return kept + f"... ({len(value) - len(kept)} more characters)"
-    if isinstance(value, dict):
-        return {key: _cut_strings(item, room) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_cut_strings(item, room) for item in value]
-    return value
-
-
-class SharedState:
-    """What all processes that write to one log know of it: a lock between them, and how the last write ended."""
-
-    def __init__(self) -> None:
-        self._lock_fd = os.memfd_create("log-lock", os.MFD_CLOEXEC) if hasattr(os, "memfd_create") else None
-        self._cells = mmap.mmap(-1, 2)
-
-    @property
-    def torn(self) -> bool:
-        """Whether a part of a line stands at the end: the next line must not be glued to it."""
-        return self._cells[0] != 0
-
-    @torn.setter
-    def torn(self, value: bool) -> None:
-        self._cells[0] = value
-
-    @property
-    def stuck(self) -> bool:
-        """Whether the reader of a pipe had not read for too long: nobody waits for it again until it does."""
-        return self._cells[1] != 0
-
-    @stuck.setter
-    def stuck(self, value: bool) -> None:
-        self._cells[1] = value
-
-    @contextlib.contextmanager
-    def locked(self) -> collections.abc.Iterator[None]:
-        """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart."""
-        if self._lock_fd is None:
-            yield
-            return
-        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._lock_fd, fcntl.LOCK_UN)
-
-
-class LineFile:
-    """An open file that takes whole lines.
-
-    A regular file takes each in one appending write. For a pipe, a socket or a terminal, a lock that all workers share
-    keeps a line larger than the kernel's atomic size together, and a reader that has stopped costs a line, not a
-    transfer.
-    """
-
-    def __init__(self, fd: int, shared: SharedState) -> None:
-        """Take over ``fd``, unless it is stderr."""
-        self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        self.fd = fd if self.is_regular else _private_description(fd)
-        self._shared = shared
-        self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads
-
-    def write(self, data: bytes) -> None:
-        """Write one line. Raises: OSError if it could not be written whole."""
-        if self.is_regular:
-            if self._shared.torn:
-                self._begin_line()
-            written = os.write(self.fd, data)
-            if written != len(data):
-                self._take_back(data[:written])
-                raise OSError(errno.ENOSPC, "only a part of the line fit")
-            return
-        with self._lock, self._shared.locked():
-            self._write_waiting(data)
-
-    def _begin_line(self) -> None:
-        with self._lock, self._shared.locked():
-            if self._shared.torn:
-                os.write(self.fd, b"\n")
-                self._shared.torn = False
-
-    def _take_back(self, part: bytes) -> None:
-        """A full disk took a part of a line: remove it again, or at least keep it apart from the next one."""
-        try:
-            reader = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                begin = os.fstat(reader).st_size - len(part)
-                if begin >= 0 and os.pread(reader, len(part), begin) == part:
-                    os.ftruncate(self.fd, begin)
-                    return
-            finally:
-                os.close(reader)
-        except OSError:
-            pass  # it may not be read, say: then the part stays, as a line of its own
-        self._shared.torn = True
-
-    def _write_waiting(self, data: bytes) -> None:
-        shared = self._shared
-        give_up_at = time.monotonic() + (0.0 if shared.stuck else _PATIENCE_S)
-        poller = select.poll()
-        poller.register(self.fd, select.POLLOUT)
-        view = memoryview(b"\n" + data if shared.torn else data)
-        while view:
-            wait_s = max(0.0, give_up_at - time.monotonic())
-            if not poller.poll(wait_s * 1000):
-                shared.stuck = True
-                raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
-            try:
-                count = os.write(self.fd, view)
-            except BlockingIOError:
-                # poll promises one page; this line is larger than what is free.
-                if time.monotonic() >= give_up_at:
-                    shared.stuck = True
-                    raise
-                time.sleep(0.005)
-                continue
-            view = view[count:]
-            shared.torn = bool(view)
-            give_up_at = time.monotonic() + _PATIENCE_S
-        shared.stuck = False
-
-    def replace(self, fd: int) -> None:
-        """Write to another open file from now on, which is taken over. Safe while other threads write."""
-        fresh = LineFile(fd, self._shared)
-        # The number stays: a thread may be about to write to it, and must not find another file under it.
-        os.dup2(fresh.fd, self.fd, inheritable=False)
-        os.close(fresh.fd)
-        self.is_regular = fresh.is_regular
-        self._shared.torn = False
-
-
-def _private_description(fd: int) -> int:
-    # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
-    # socket can't be opened that way and stays as it is: journald reads its sockets.
-    try:
-        private = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return fd
-    if fd > 2:
-        os.close(fd)
-    return private
-
-
-class EventLog:
-    """Where events go: level, file, and what happens when it can't be written. Safe from any thread."""
-
-    def __init__(self, path: str, level: str) -> None:
-        """Open ``path`` (``-`` is stderr). Raises: OSError if it can't be opened."""
-        self.path = path
-        self.threshold = LEVELS[level]
-        self.info_enabled = self.threshold <= LEVELS["info"]
-        self.formatter = RecordFormatter()
-        self.lost_lines = 0
-        self._lock = threading.Lock()  # guards lost_lines and _lost_at
-        self._lost_at = -_OUTAGE_S
-        self._removed = False  # the file has no name any more, and could not be made anew
-        fd = 2 if path == "-" else self._open()
-        self._stderr = LineFile(2, SharedState())
-        self._file = self._stderr if path == "-" else LineFile(fd, SharedState())
-
-    def _open(self) -> int:
-        # O_NONBLOCK: a named pipe that nobody reads is an error, and not an endless wait.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        return os.open(self.path, flags, 0o640)
-
-    def event(self, level: str, event: str, **fields: object) -> None:
-        """Write one event. Never raises for the file's sake."""
-        if LEVELS[level] >= self.threshold:
-            self.write(self.formatter.line(level, event, fields))
-
-    def answer(self, event: str, **fields: object) -> None:
-        """Write one event at level info, whatever the threshold: somebody asked for it."""
-        self.write(self.formatter.line("info", event, fields))
-
-    def write(self, line: str) -> None:
-        """Write one finished line. Raises nothing: a transfer must not fail because of its log."""
-        data = line.encode("ascii")
-        try:
-            if self._removed:
-                raise FileNotFoundError(errno.ENOENT, "the file was removed, and can't be made anew")
-            self._file.write(data)
-        except Exception as error:  # noqa: BLE001  # a bug in here has no other log to be told to
-            self._lose(data, error)
-
-    def _lose(self, data: bytes, error: Exception) -> None:
-        with self._lock:
-            self.lost_lines += 1
-            now = time.monotonic()
-            first = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
-            self._lost_at = now
-        if self._file is self._stderr:
-            return
-        try:
-            if first:
-                text = f"{self.path} can't be written ({error}); log lines go to stderr, {self.lost_lines} so far"
-                self._stderr.write(self.formatter.line("error", "log.lost", {"message": text}).encode("ascii"))
-            self._stderr.write(data)
-        except OSError:
-            # Neither the file nor stderr takes the line: counting it, above, is all that is left to do.
-            return
-
-    def reopen(self) -> bool:
-        """Open the file anew, as after rotation. If that fails the old one stays in use, unless nobody could ever read
-        it.
-
-        Returns: whether there is a file, and it was opened anew. If not, an event says why.
-        """
-        if self.path == "-":
-            return False
-        try:
-            self._file.replace(self._open())
-        except OSError as error:
-            self._removed = os.fstat(self._file.fd).st_nlink == 0
-            meanwhile = (
-                "lines go to stderr, as the old file was removed" if self._removed else "the old file stays in use"
-            )
-            text = f"{self.path} can't be opened, {meanwhile}: {error}"
-            self.event("error", "log.reopen", message=text, pid=os.getpid())
-            return False
-        self._removed = False
-        return True
-
-    def capture_library_logs(self) -> None:
-        """Send what libraries log at warning and above through this log, as events."""
-        handler = _LibraryHandler(self)
-        handler.setFormatter(self.formatter)
-        root = logging.getLogger()
-        root.handlers[:] = [handler]
-        root.setLevel(max(logging.WARNING, self.threshold))
-
-
-class _LibraryHandler(logging.Handler):
-    def __init__(self, log: EventLog) -> None:
-        super().__init__()
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._log.write(self.format(record))
-
-
-# --- proxy/masking.py, line 1 ---
-
-"""Octets of peers as text for a log: what is not printable escaped, secrets in a target masked."""
-
-
-# --- proxy/masking.py, line 6 ---
-
-# User information: of the target's own authority; of a URL further in; of one whose delimiters are percent-encoded. It
-# ends with the last "@" before what can't be in it.
-_USER_INFORMATION = re.compile(
-    rb"^((?:[a-z][a-z0-9+.\-]*://)?)[^/?#]+(@)|(://)[^/?#&]*(@)|((?::|%3a)(?:/|%2f){2})(?:(?!%2f)[^/?#&])*(@|%40)",
-    re.IGNORECASE,
-)
-# The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
-# a value has fields of its own, percent-encoded or not.
-_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
-_SECRET_NAMES = frozenset(
-    b"access_token api-key api_key apikey auth authorization client_secret credential credentials id_token jwt key pass"
-    b" passwd password pwd refresh_token secret secret_key session sig signature token x-amz-credential"
-    b" x-amz-security-token x-amz-signature x-goog-credential x-goog-signature".split()
-)
-
-
-def printable(octets: bytes) -> str:
-    """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
-    text = octets.decode("ascii", "backslashreplace")
-    return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
-
-
-def mask_secrets(target: bytes) -> bytes:
-    """Returns: ``target`` with user information and the values of known secret query fields replaced by ``***``; a
-    fragment, which no target has, goes.
-    """
-    if b"@" in target or b"%40" in target:
-        target = _USER_INFORMATION.sub(rb"\1\3\5***\2\4\6", target)
-    if b"?" not in target and b"&" not in target and b"#" not in target:
-        return target
-    target, fragment, _ = target.partition(b"#")
-    first, *others = target.split(b"&")
-    path, mark, field = first.partition(b"?")
-    masked = b"&".join([path + mark + _mask_field(field), *map(_mask_field, others)])
-    return masked + (b"#***" if fragment else b"")
-
-
-def _mask_field(field: bytes) -> bytes:
-    for match in _FIELD_NAME.finditer(field):
-        name = match[1]
-        if (urllib.parse.unquote_to_bytes(name) if b"%" in name else name).lower() in _SECRET_NAMES:
-            return field[: match.end()] + b"***"
-    return field
 
 
 # --- proxy/vocabulary.py, line 1 ---
@@ -4594,7 +4652,7 @@ failed.
 """
 
 
-# --- proxy/upstream.py, line 34 ---
+# --- proxy/upstream.py, line 35 ---
 
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
@@ -4610,7 +4668,7 @@ ConnectWait = collections.abc.Callable[[int, int, float | None], bool]
 def endpoint_name(sock: socket.socket, path: str | None) -> str:
     """Returns: ``ip:port`` or ``unix:path`` of the peer a socket is connected to."""
     if path is not None:
-        return f"unix:{path}"
+        return f"unix:{path_text(path)}"
     host, port = sock.getpeername()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -6711,7 +6769,7 @@ class Tally:
             self._cells[index] += count
 
     def set(self, index: int, value: int) -> None:
-        """Set what is no count of events: ``connections`` of a dead worker, ``lost_lines``."""
+        """Set what is no count of events: ``connections`` of a dead worker."""
         with self._lock:
             self._cells[index] = value
 
@@ -7077,7 +7135,7 @@ class Record:
         elif response_head is not None:
             content = self.bytes()["response_body"]
             client = self.about.client
-            answered = f"{_request_words(method, target)} answered {self.status()} in {now - first_at:.6f} s"
+            answered = f"{request_words(method, target)} answered {self.status()} in {now - first_at:.6f} s"
             fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
@@ -7087,7 +7145,7 @@ class Record:
         unknown: tuple[str | None, str | None] = (None, None)
         method, target = _try(self.method_and_target, unknown)
         fields: dict[str, object] = {
-            "message": f"{method} {target} ended after {now - self.first_at:.1f} s",
+            "message": f"{request_words(method, target)} ended after {now - self.first_at:.1f} s",
             "request_id": self.request_id,
             "connection_id": self.about.connection_id,
             "pid": self.about.pid,
@@ -7177,7 +7235,7 @@ class Record:
     def sentence(self, abort: Abort) -> str:
         """Returns: one plain sentence a person can act on: side, cause, limit with value and source, bytes."""
         method, target = self.method_and_target()
-        what = _request_words(method, target)
+        what = request_words(method, target)
         if self.told_at is None:
             self.told_at = time.monotonic()
         duration_s = self.told_at - self.first_at
@@ -7271,7 +7329,7 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
     abort = Abort(Side.PROXY, request.phase, None, cause)
     method = printable(request.method) if request.method is not None else None
     target = printable(request.target) if request.target is not None else None
-    what = _request_words(method, target)
+    what = request_words(method, target)
     duration_s = time.monotonic() - request.first_at
     counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
     there = f"{counts['request_body']:,}" + _of(request.expected_request)
@@ -7320,15 +7378,17 @@ def _say_alike(head: RequestHead) -> tuple[str, str, str] | None:
     quoted = _quote(target)
     length = head.section.content_length
     expected = "null" if length is None else str(length)
-    words = _quote(_request_words(method, target))[1:-1]
+    words = _quote(request_words(method, target))[1:-1]
     head.logged = logged = (words, f'"method":"{method}","target":{quoted}', expected)
     return logged
 
 
-def _request_words(method: str | None, target: str | None) -> str:
+def request_words(method: str | None, target: str | None) -> str:
     """Returns: the request as a message names it, a long target cut and marked; the field ``target`` has all of it."""
     if method is None:
         return "a request"
+    if target is None:
+        return f"a request ({method})"
     words = f"{method} {target}"
     return words if len(words) <= _MOST_WORDS else words[:_MOST_WORDS] + "..."
 
@@ -8769,7 +8829,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 if isinstance(self.server_address, str)
                 else os.fsdecode(typing.cast(bytes, self.server_address))
             )
-            return f"unix:{path}", "unknown"
+            return f"unix:{path_text(path)}", "unknown"
         host, port = address[0], address[1]
         host = host.removeprefix("::ffff:") if "." in host else host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host
@@ -8890,7 +8950,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 """
 
 
-# --- proxy/workers.py, line 34 ---
+# --- proxy/workers.py, line 36 ---
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
@@ -9071,8 +9131,8 @@ class WorkerProcess:
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
         self.tally = Tally(counts.cells(index))
-        # An earlier process in this place has counted, and the process above counts its own lines itself.
-        self._lost_before = self.tally.counts()["lost_lines"] - log.lost_lines
+        # At once, as this process may be killed; the one above counts its own lines itself.
+        log.on_loss = functools.partial(self.tally.add, LOST_LINES)
         self.worker: Worker = make_worker(
             settings,
             log,
@@ -9112,7 +9172,6 @@ class WorkerProcess:
                     traceback=traceback.format_exc()[-8192:],
                 )
                 time.sleep(0.1)
-            self._count_lost_lines()
 
     def _tend(self, poller: select.poll) -> None:
         """Wait for a command and obey it, or do what is due from time to time."""
@@ -9133,9 +9192,6 @@ class WorkerProcess:
         elif not draining:
             self.worker.pool.sweep()
             self.server.tend()
-
-    def _count_lost_lines(self) -> None:
-        self.tally.set(LOST_LINES, self._lost_before + self.log.lost_lines)
 
     def _finished(self) -> bool:
         control = self.control
@@ -9203,9 +9259,8 @@ class WorkerProcess:
             try:
                 fields = record.fields(None)
                 age_s = time.monotonic() - record.first_at
-                fields["message"] = (
-                    f"{fields['method']} {fields['target']} of client {record.about.client} runs for {age_s:.1f} s"
-                )
+                words = request_words(*record.method_and_target())
+                fields["message"] = f"{words} of client {record.about.client} runs for {age_s:.1f} s"
             except Exception as error:  # noqa: BLE001  # another thread changes what is read here; one line less, not a worker less
                 fields = {
                     "message": f"a request in flight changed while it was read: {error!r}",
@@ -9274,12 +9329,13 @@ class Supervisor:
                 f" can't be started: {error.strerror}; {_MORE_ROOM}"
             ) from error
         workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
+        where = path_text(self.where)
         self.log.event(
             "info",
             "server.start",
-            message=f"listening on {self.where}, upstream {self.settings.upstream}, {workers}",
+            message=f"listening on {where}, upstream {path_text(str(self.settings.upstream))}, {workers}",
             pid=os.getpid(),
-            listen=self.where,
+            listen=where,
             workers=sorted(self.pids),
             settings=self.settings.describe(),
         )
@@ -9929,7 +9985,7 @@ exit status 2, never a traceback.
 """
 
 
-# --- proxy/cli.py, line 25 ---
+# --- proxy/cli.py, line 26 ---
 
 COMMANDS = {
     "serve": "serve until told to stop; the default",
@@ -9990,7 +10046,7 @@ def _unknown_command(command: str) -> str:
         return f"command {command!r}: is not available in this version; {known}"
     close = difflib.get_close_matches(command, COMMANDS, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
-    return f"command {command[:80]!r}: unknown; {guess}{known}, and options begin with --"
+    return f"command {mask_user(command)[:80]!r}: unknown; {guess}{known}, and options begin with --"
 
 
 def _write_out(text: str) -> int:

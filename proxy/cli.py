@@ -18,6 +18,7 @@ from . import __version__
 from .config import OPTIONS, ConfigError, Settings, UnixAddress, load_settings
 from .demo import end_in_order_on_signals, run_demo, show
 from .dependencies import DEPENDENCIES, open_standard_files, print_line
+from .masking import mask_user
 from .notes import configuration_notes
 from .tls import read_contexts
 from .workers import check_listen, check_log_file, serve
@@ -81,7 +82,7 @@ def _unknown_command(command: str) -> str:
         return f"command {command!r}: is not available in this version; {known}"
     close = difflib.get_close_matches(command, COMMANDS, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
-    return f"command {command[:80]!r}: unknown; {guess}{known}, and options begin with --"
+    return f"command {mask_user(command)[:80]!r}: unknown; {guess}{known}, and options begin with --"
 
 
 def _write_out(text: str) -> int:

@@ -20,6 +20,7 @@ import typing
 
 from .grammar import TOKEN
 from .limits import Bound, Limit
+from .masking import mask_user, path_text
 
 ENVIRONMENT_PREFIX = "PROXY_"
 
@@ -353,7 +354,9 @@ class Settings:
                 case Bound():
                     value = value.value
                 case TcpAddress() | UnixAddress() | UpstreamUrl():
-                    value = str(value)
+                    value = path_text(str(value))
+                case str():
+                    value = path_text(value)
                 case _:
                     pass
             described[option.name] = {"value": value, "source": self.sources[option.name]}
@@ -845,6 +848,8 @@ def _parse_unix_path(text: str) -> str:
     if text.startswith("//"):
         # unix://var/run/docker.sock names the host "var".
         if not text.startswith("///"):
+            if "@" in text[2:].partition("/")[0]:
+                raise _BadValue("holds a user name or password", "write unix:///PATH, with three slashes")
             raise _BadValue("has a host", f"write unix:///{_cut(text[2:])}, with three slashes")
         text = text[2:]
     if not text or text.endswith("/"):
@@ -908,14 +913,14 @@ def _cut(text: str) -> str:
 
 
 def _quoted(value: object) -> str:
-    text = repr(value)
+    text = mask_user(repr(value))
     return text if len(text) <= _QUOTED_LENGTH else text[:_QUOTED_LENGTH] + "..."
 
 
 def _shown(option: Option | None, text: str) -> str:
     # A password someone put into the URL stays out of journals.
     is_url = option is None or option.kind is Kind.UPSTREAM
-    return _quoted(re.sub(r"(^|//)[^/].*@", r"\1***@", text) if is_url else text)
+    return _quoted(re.sub(r"^[^/].*@", "***@", mask_user(text)) if is_url else text)
 
 
 def _unknown(option: str, value: object, source: str, name: str, spellings: list[str], asked: str) -> str:

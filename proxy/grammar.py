@@ -17,6 +17,10 @@ REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ([\x21-\x7e]++) HTT
 TOLD_METHOD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ")
 TOLD_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++ ([^\x00-\x20\x7f]++)(?: [^\x00-\x20\x7f]*+)?")
 
+# What may be quoted of a target, and of what stands in place of a version.
+BEFORE_QUERY = re.compile(rb"[^?&#]*+")
+LIKE_A_VERSION = re.compile(rb"[A-Za-z]{1,5}+/?[0-9.]{0,8}+")
+
 # RFC 9112 §4. The space before an empty reason phrase is required there; enough servers leave it out, and nothing hangs
 # on it, that we take both.
 STATUS_LINE = re.compile(rb"HTTP/([0-9])\.([0-9]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*+))?")

@@ -13,11 +13,13 @@ import dataclasses
 
 from .grammar import (
     ABSOLUTE_FORM,
+    BEFORE_QUERY,
     CLEAN_OCTETS,
     CONTENT_LENGTH,
     FIELD_LINE,
     FIELD_LINES,
     HOST,
+    LIKE_A_VERSION,
     MAX_FIELDS,
     REQUEST_LINE,
     STATUS_LINE,
@@ -296,7 +298,9 @@ def _find_stray(octets: bytes, start: int = 0) -> int | None:
 
 def _without_query(target: bytes) -> bytes:
     """Returns: a target as an error may quote it: secrets are in queries, fragments and user information."""
-    path = target.partition(b"#")[0].partition(b"?")[0]
+    match = BEFORE_QUERY.match(target)
+    assert match is not None  # the pattern takes an empty path, too
+    path = match[0]
     mark = target[len(path) : len(path) + 1]
     return _without_user(path) + (mark + b"..." if mark else b"")
 
@@ -331,15 +335,20 @@ def _explain_request_line(line: bytes) -> MalformedMessage:
     if not line:
         return MalformedMessage("an empty request line", 0)
     if TOKEN.fullmatch(parts[0]) is None:
-        return MalformedMessage("a method that is no token", 0, _without_query(parts[0]))
+        # The octet alone: where a body was longer than its length, its rest stands here.
+        token = TOKEN.match(parts[0])
+        at = token.end() if token is not None else 0
+        return MalformedMessage("a method that is no token", at, line[at : at + 1])
     if len(parts) < 3:
         return MalformedMessage("a request line without an HTTP version", len(line), _without_query(line))
     if len(parts) > 3:
-        return MalformedMessage("more than two spaces in the request line", len(parts[0]), _without_query(line))
+        at = len(b" ".join(parts[:3]))
+        return MalformedMessage("more than two spaces in the request line", at, b" ")
     if not parts[1]:
         return MalformedMessage("two spaces in a row in the request line", len(parts[0]), _without_query(line))
     if REQUEST_LINE.fullmatch(b"GET / " + parts[2]) is None:
-        return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), _without_query(parts[2]))
+        quoted = parts[2] if LIKE_A_VERSION.fullmatch(parts[2]) is not None else parts[2][:1]
+        return MalformedMessage("not an HTTP version", len(line) - len(parts[2]), quoted)
     return MalformedMessage(
         "octets outside visible ASCII in the request target", len(parts[0]) + 1, _without_query(parts[1])
     )

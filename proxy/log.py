@@ -31,8 +31,10 @@ except ModuleNotFoundError:  # python-json-logger before 3.1, as in Debian 12
 SCHEMA_VERSION = 1
 MAX_LINE = 32 * 1024
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-# How long one line may wait for a pipe whose reader does not read.
+# How long one line may wait for a pipe whose reader does not read, or for its turn.
 _PATIENCE_S = 1.0
+# And for its turn where the reader, or who holds the lock, did not move before.
+_SHORT_PATIENCE_S = 0.05
 # A line that is lost so long after the last one is the first of another outage.
 _OUTAGE_S = 1.0
 
@@ -121,7 +123,9 @@ class SharedState:
 
     @property
     def stuck(self) -> bool:
-        """Whether the reader of a pipe had not read for too long: nobody waits for it again until it does."""
+        """Whether the reader of a pipe had not read for too long, or a process had not let go of the lock: nobody waits
+        for that again until it does.
+        """
         return self._cells[1] != 0
 
     @stuck.setter
@@ -129,12 +133,23 @@ class SharedState:
         self._cells[1] = value
 
     @contextlib.contextmanager
-    def locked(self) -> collections.abc.Iterator[None]:
-        """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart."""
+    def locked(self, until: float) -> collections.abc.Iterator[None]:
+        """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart.
+
+        Raises: BlockingIOError if another process does not let go of it until then: it was stopped there, say.
+        """
         if self._lock_fd is None:
             yield
             return
-        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= until:
+                    self.stuck = True
+                    raise BlockingIOError(errno.EAGAIN, "another process does not let go of the log") from None
+                time.sleep(0.0005)
         try:
             yield
         finally:
@@ -152,7 +167,7 @@ class LineFile:
     def __init__(self, fd: int, shared: SharedState) -> None:
         """Take over ``fd``, unless it is stderr."""
         self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        self.fd = fd if self.is_regular else _private_description(fd)
+        self.fd, self._waits = (fd, False) if self.is_regular else _private_description(fd)
         self._shared = shared
         self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads
 
@@ -166,11 +181,24 @@ class LineFile:
                 self._take_back(data[:written])
                 raise OSError(errno.ENOSPC, "only a part of the line fit")
             return
-        with self._lock, self._shared.locked():
+        with self._alone():
             self._write_waiting(data)
 
+    @contextlib.contextmanager
+    def _alone(self) -> collections.abc.Iterator[None]:
+        """Keep out threads and processes. Raises: BlockingIOError if that takes too long."""
+        patience_s = _SHORT_PATIENCE_S if self._shared.stuck else _PATIENCE_S
+        until = time.monotonic() + patience_s
+        if not self._lock.acquire(timeout=patience_s):
+            raise BlockingIOError(errno.EAGAIN, "too many lines wait for the log")
+        try:
+            with self._shared.locked(until):
+                yield
+        finally:
+            self._lock.release()
+
     def _begin_line(self) -> None:
-        with self._lock, self._shared.locked():
+        with self._alone():
             if self._shared.torn:
                 os.write(self.fd, b"\n")
                 self._shared.torn = False
@@ -202,7 +230,8 @@ class LineFile:
                 shared.stuck = True
                 raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
             try:
-                count = os.write(self.fd, view)
+                # Where a write may wait inside the kernel, no more than poll has promised room for.
+                count = os.write(self.fd, view[: select.PIPE_BUF] if self._waits else view)
             except BlockingIOError:
                 # poll promises one page; this line is larger than what is free.
                 if time.monotonic() >= give_up_at:
@@ -221,20 +250,21 @@ class LineFile:
         # The number stays: a thread may be about to write to it, and must not find another file under it.
         os.dup2(fresh.fd, self.fd, inheritable=False)
         os.close(fresh.fd)
-        self.is_regular = fresh.is_regular
+        self.is_regular, self._waits = fresh.is_regular, fresh._waits
         self._shared.torn = False
 
 
-def _private_description(fd: int) -> int:
+def _private_description(fd: int) -> tuple[int, bool]:
+    """Returns: a descriptor for the same pipe, terminal or socket, and whether its writes may wait."""
     # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
-    # socket can't be opened that way and stays as it is: journald reads its sockets.
+    # socket can't be opened that way and stays as it is: journald reads its sockets. Nor can another user's pipe.
     try:
         private = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return fd
+        return fd, os.get_blocking(fd)
     if fd > 2:
         os.close(fd)
-    return private
+    return private, False
 
 
 class EventLog:
@@ -247,6 +277,7 @@ class EventLog:
         self.info_enabled = self.threshold <= LEVELS["info"]
         self.formatter = RecordFormatter()
         self.lost_lines = 0
+        self.on_loss: collections.abc.Callable[[], None] | None = None  # called for each lost line
         self._lock = threading.Lock()  # guards lost_lines and _lost_at
         self._lost_at = -_OUTAGE_S
         self._removed = False  # the file has no name any more, and could not be made anew
@@ -284,6 +315,8 @@ class EventLog:
             now = time.monotonic()
             first = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
             self._lost_at = now
+        if self.on_loss is not None:
+            self.on_loss()
         if self._file is self._stderr:
             return
         try:

@@ -1,5 +1,6 @@
 """Octets of peers as text for a log: what is not printable escaped, secrets in a target masked."""
 
+import os
 import re
 import urllib.parse
 
@@ -23,6 +24,16 @@ def printable(octets: bytes) -> str:
     """Returns: ``octets`` as text for a log: printable ASCII as it is, all else as ``\\xNN``."""
     text = octets.decode("ascii", "backslashreplace")
     return text if text.isprintable() else "".join(c if " " <= c <= "~" else f"\\x{ord(c):02x}" for c in text)
+
+
+def path_text(path: str) -> str:
+    """Returns: a path of the file system as text for a log: octets that are no UTF-8 as ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def mask_user(text: str) -> str:
+    """Returns: ``text`` as an error may quote it: the user information of a URL in it replaced by ``***``."""
+    return re.sub(r"(//)[^/].*@", r"\1***@", text)
 
 
 def mask_secrets(target: bytes) -> bytes:

@@ -64,7 +64,7 @@ class Tally:
             self._cells[index] += count
 
     def set(self, index: int, value: int) -> None:
-        """Set what is no count of events: ``connections`` of a dead worker, ``lost_lines``."""
+        """Set what is no count of events: ``connections`` of a dead worker."""
         with self._lock:
             self._cells[index] = value
 
@@ -430,7 +430,7 @@ class Record:
         elif response_head is not None:
             content = self.bytes()["response_body"]
             client = self.about.client
-            answered = f"{_request_words(method, target)} answered {self.status()} in {now - first_at:.6f} s"
+            answered = f"{request_words(method, target)} answered {self.status()} in {now - first_at:.6f} s"
             fields["message"] = f"{answered}: {content:,} bytes of content to client {client}"
         return fields
 
@@ -440,7 +440,7 @@ class Record:
         unknown: tuple[str | None, str | None] = (None, None)
         method, target = _try(self.method_and_target, unknown)
         fields: dict[str, object] = {
-            "message": f"{method} {target} ended after {now - self.first_at:.1f} s",
+            "message": f"{request_words(method, target)} ended after {now - self.first_at:.1f} s",
             "request_id": self.request_id,
             "connection_id": self.about.connection_id,
             "pid": self.about.pid,
@@ -530,7 +530,7 @@ class Record:
     def sentence(self, abort: Abort) -> str:
         """Returns: one plain sentence a person can act on: side, cause, limit with value and source, bytes."""
         method, target = self.method_and_target()
-        what = _request_words(method, target)
+        what = request_words(method, target)
         if self.told_at is None:
             self.told_at = time.monotonic()
         duration_s = self.told_at - self.first_at
@@ -624,7 +624,7 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
     abort = Abort(Side.PROXY, request.phase, None, cause)
     method = printable(request.method) if request.method is not None else None
     target = printable(request.target) if request.target is not None else None
-    what = _request_words(method, target)
+    what = request_words(method, target)
     duration_s = time.monotonic() - request.first_at
     counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
     there = f"{counts['request_body']:,}" + _of(request.expected_request)
@@ -673,15 +673,17 @@ def _say_alike(head: RequestHead) -> tuple[str, str, str] | None:
     quoted = _quote(target)
     length = head.section.content_length
     expected = "null" if length is None else str(length)
-    words = _quote(_request_words(method, target))[1:-1]
+    words = _quote(request_words(method, target))[1:-1]
     head.logged = logged = (words, f'"method":"{method}","target":{quoted}', expected)
     return logged
 
 
-def _request_words(method: str | None, target: str | None) -> str:
+def request_words(method: str | None, target: str | None) -> str:
     """Returns: the request as a message names it, a long target cut and marked; the field ``target`` has all of it."""
     if method is None:
         return "a request"
+    if target is None:
+        return f"a request ({method})"
     words = f"{method} {target}"
     return words if len(words) <= _MOST_WORDS else words[:_MOST_WORDS] + "..."
 

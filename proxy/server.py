@@ -16,7 +16,7 @@ import typing
 from .aborts import Abort
 from .exchange import ClientConnection, Worker, log_connection_abort
 from .kernel import socket_evidence
-from .masking import printable
+from .masking import path_text, printable
 from .record import CONNECTIONS, describe_exception
 from .vocabulary import Cause, Phase, Side
 
@@ -164,7 +164,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 if isinstance(self.server_address, str)
                 else os.fsdecode(typing.cast(bytes, self.server_address))
             )
-            return f"unix:{path}", "unknown"
+            return f"unix:{path_text(path)}", "unknown"
         host, port = address[0], address[1]
         host = host.removeprefix("::ffff:") if "." in host else host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host

@@ -28,6 +28,7 @@ from .config import Settings, UpstreamUrl
 from .endpoint import ANSWER_PATIENCE_S, WRITABLE, AnyEndpoint, Endpoint, TlsEndpoint
 from .head import SectionMemory
 from .kernel import PeerPulse, prepare_socket
+from .masking import path_text
 from .tls import UpstreamContext
 from .vocabulary import Cause, Operation, Phase, Side
 
@@ -45,7 +46,7 @@ ConnectWait = collections.abc.Callable[[int, int, float | None], bool]
 def endpoint_name(sock: socket.socket, path: str | None) -> str:
     """Returns: ``ip:port`` or ``unix:path`` of the peer a socket is connected to."""
     if path is not None:
-        return f"unix:{path}"
+        return f"unix:{path_text(path)}"
     host, port = sock.getpeername()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

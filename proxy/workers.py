@@ -6,6 +6,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 
 import contextlib
 import errno
+import functools
 import gc
 import mmap
 import os
@@ -23,8 +24,9 @@ from .exchange import Worker, make_worker
 from .inflight import InFlightTable
 from .kernel import pin_to_core, prepare_listener, raise_file_limit, run_as_batch
 from .log import EventLog
+from .masking import path_text
 from .notes import configuration_notes
-from .record import ABORT, CONNECTIONS, LOST_LINES, Tally, describe_exception, left_in_flight
+from .record import ABORT, CONNECTIONS, LOST_LINES, Tally, describe_exception, left_in_flight, request_words
 from .server import MAX_OVERFLOW, ProxyServer
 from .tls import Contexts, certificate_notes, read_contexts
 from .upstream import upstream_pool
@@ -210,8 +212,8 @@ class WorkerProcess:
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
         self.tally = Tally(counts.cells(index))
-        # An earlier process in this place has counted, and the process above counts its own lines itself.
-        self._lost_before = self.tally.counts()["lost_lines"] - log.lost_lines
+        # At once, as this process may be killed; the one above counts its own lines itself.
+        log.on_loss = functools.partial(self.tally.add, LOST_LINES)
         self.worker: Worker = make_worker(
             settings,
             log,
@@ -251,7 +253,6 @@ class WorkerProcess:
                     traceback=traceback.format_exc()[-8192:],
                 )
                 time.sleep(0.1)
-            self._count_lost_lines()
 
     def _tend(self, poller: select.poll) -> None:
         """Wait for a command and obey it, or do what is due from time to time."""
@@ -272,9 +273,6 @@ class WorkerProcess:
         elif not draining:
             self.worker.pool.sweep()
             self.server.tend()
-
-    def _count_lost_lines(self) -> None:
-        self.tally.set(LOST_LINES, self._lost_before + self.log.lost_lines)
 
     def _finished(self) -> bool:
         control = self.control
@@ -342,9 +340,8 @@ class WorkerProcess:
             try:
                 fields = record.fields(None)
                 age_s = time.monotonic() - record.first_at
-                fields["message"] = (
-                    f"{fields['method']} {fields['target']} of client {record.about.client} runs for {age_s:.1f} s"
-                )
+                words = request_words(*record.method_and_target())
+                fields["message"] = f"{words} of client {record.about.client} runs for {age_s:.1f} s"
             except Exception as error:  # noqa: BLE001  # another thread changes what is read here; one line less, not a worker less
                 fields = {
                     "message": f"a request in flight changed while it was read: {error!r}",
@@ -413,12 +410,13 @@ class Supervisor:
                 f" can't be started: {error.strerror}; {_MORE_ROOM}"
             ) from error
         workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
+        where = path_text(self.where)
         self.log.event(
             "info",
             "server.start",
-            message=f"listening on {self.where}, upstream {self.settings.upstream}, {workers}",
+            message=f"listening on {where}, upstream {path_text(str(self.settings.upstream))}, {workers}",
             pid=os.getpid(),
-            listen=self.where,
+            listen=where,
             workers=sorted(self.pids),
             settings=self.settings.describe(),
         )

@@ -704,6 +704,25 @@ def test_a_password_in_the_upstream_is_refused_and_not_repeated(text: str) -> No
     assert "s3" not in _error(["--upstream", text, "--upstream", "http://h"])
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--upstream", "unix://u:s3cret@h/x"], ["--log-level", "info", "http://u:s3cret@h"]]
+)
+def test_a_password_in_the_wrong_place_is_not_repeated(arguments: list[str]) -> None:
+    assert "s3" not in _error(arguments)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['upstream = ["http://u:s3cret@h"]', 'upstream.url = "http://u:s3cret@h"', 'upstrem = ["http://u:s3cret@h"]'],
+)
+def test_a_password_of_another_type_in_a_file_is_not_repeated(line: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(line)
+    error = _error(["--config", str(path)])
+    assert "upstre" in error
+    assert "s3" not in error
+
+
 def test_a_proxy_name_is_a_token() -> None:
     assert load_settings(["--proxy-name", "a!b_c.d~1"], {}).proxy_name == "a!b_c.d~1"
     for text in ("a b", "a,b", "a;b", "é", 'a"', "a\r\nX: y", "(a)", "a" * 256, "a\n"):

@@ -266,9 +266,9 @@ def _refused_request(octets: bytes) -> MalformedMessage:
     ("line", "reason", "octet"),
     [
         (b"", "an empty request line", 0),
-        (b"GE T / HTTP/1.1", "more than two spaces in the request line", 2),
-        (b"G@T / HTTP/1.1", "a method that is no token", 0),
-        (b"GET\t/\tHTTP/1.1", "a method that is no token", 0),
+        (b"GE T / HTTP/1.1", "more than two spaces in the request line", 6),
+        (b"G@T / HTTP/1.1", "a method that is no token", 1),
+        (b"GET\t/\tHTTP/1.1", "a method that is no token", 3),
         (b" / HTTP/1.1", "a method that is no token", 0),
         (b"GET /", "a request line without an HTTP version", 5),
         (b"GET  HTTP/1.1", "two spaces in a row in the request line", 3),

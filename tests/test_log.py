@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -211,6 +212,68 @@ def test_a_reader_that_stops_within_a_line_finds_the_next_ones_whole() -> None:
         os.close(typing.cast(int, lines._shared._lock_fd))
 
 
+def test_a_pipe_of_another_user_costs_a_line_and_no_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can't be opened anew, so that writes to it wait; poll promises room for one page."""
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 8192)
+
+    def refuse(*arguments: object) -> int:
+        raise PermissionError(errno.EACCES, "another user's")
+
+    monkeypatch.setattr(os, "open", refuse)
+    lines = LineFile(write_end, SharedState())
+    monkeypatch.undo()
+    failed = threading.Event()
+
+    def write() -> None:
+        try:
+            lines.write(b"x" * 20_000 + b"\n")
+        except BlockingIOError:
+            failed.set()
+
+    threading.Thread(target=write, daemon=True).start()
+    try:
+        assert failed.wait(5)
+        assert os.get_blocking(write_end)
+        found = os.read(read_end, 65536)
+        lines.write(b"z\n")
+        assert (found + os.read(read_end, 65536)).strip(b"x") == b"\nz\n"
+    finally:
+        os.close(read_end)
+        os.close(lines.fd)
+        os.close(typing.cast(int, lines._shared._lock_fd))
+
+
+def test_a_process_that_stops_with_the_lock_costs_lines_and_no_transfer() -> None:
+    read_end, write_end = os.pipe()
+    shared = SharedState()
+    lines = LineFile(write_end, shared)
+    lock_fd = typing.cast(int, shared._lock_fd)
+    keeper = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl; fcntl.lockf({lock_fd}, fcntl.LOCK_EX); print(flush=True); input()"],
+        pass_fds=[lock_fd],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert keeper.stdout is not None
+        keeper.stdout.readline()
+        began_at = time.monotonic()
+        for _ in range(10):
+            with pytest.raises(BlockingIOError):
+                lines.write(b"y\n")
+        assert time.monotonic() - began_at < 4
+        keeper.communicate(b"\n", 10)
+        lines.write(b"z\n")
+        assert os.read(read_end, 65536) == b"z\n"
+    finally:
+        keeper.kill()
+        keeper.wait(10)
+        os.close(read_end)
+        os.close(lines.fd)
+        os.close(lock_fd)
+
+
 def test_a_bug_in_the_log_costs_a_line_and_nothing_else(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +441,24 @@ def test_a_log_device_that_is_full(upstream: Upstream, tmp_path: pathlib.Path) -
     lost = parse_log(stderr_path.read_bytes())
     assert sum(record["event"] == "request.complete" for record in lost) == 30
     check_stop(lost[-1], 30, lost)
+
+
+def test_lines_that_a_killed_worker_has_lost_are_counted(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    stderr_path = tmp_path / "stderr"
+    with start_with_log(upstream, pathlib.Path("/dev/full"), stderr_path) as (process, address):
+        for _ in range(10):
+            with connect(address) as wire:
+                wire.get()
+                assert wire.read_response().status == 200
+        wait_until(lambda: stderr_path.read_bytes().count(b'"request.complete"') == 10)
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for worker in children:
+            os.kill(int(worker), signal.SIGKILL)
+        wait_until(lambda: stderr_path.read_bytes().count(b'"worker.exit"') == 2)
+        process.terminate()
+        assert process.wait(10) == 0
+    lost = parse_log(stderr_path.read_bytes())
+    check_stop(lost[-1], 10, lost)
 
 
 @pytest.mark.parametrize("how", ["limit", "disk"])

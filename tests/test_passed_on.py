@@ -518,7 +518,7 @@ class Peer:
     """An endpoint as far as a portion needs one: a plain socket, or one under TLS whose write has read."""
 
     has_unread = False
-    can_splice = True
+    is_tls = False
     sock = types.SimpleNamespace(family=socket.AF_UNIX)
 
     def __init__(self, side: Side) -> None:

@@ -90,6 +90,35 @@ def test_what_a_line_told_that_is_none(name: str, method: str, proxy: ProxyProce
 
 
 @pytest.mark.parametrize(
+    "octets",
+    [
+        b'{"user":"u","password":"hush"}GET / HTTP/1.1\r\nHost: x\r\n\r\n',  # behind a body longer than its length
+        b"GET a&token=hush HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /a token=hush HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /a token=hush\r\nHost: x\r\n\r\n",
+        b"GET /a?token=hush HTTP/3.hush\r\nHost: x\r\n\r\n",
+    ],
+)
+def test_no_error_quotes_a_secret(octets: bytes, proxy: ProxyProcess) -> None:
+    before = len(proxy.requests())
+    with connect(proxy.address) as wire:
+        wire.send(octets)
+        assert b"hush" not in wire.read_to_end()
+        record = proxy.wait_requests(before + 1)[-1]
+    assert record["cause"] == "protocol"
+    assert "hush" not in json.dumps(record)
+
+
+def test_a_method_alone_is_what_the_message_says(proxy: ProxyProcess) -> None:
+    before = len(proxy.requests())
+    with connect(proxy.address) as wire:
+        wire.send(b"GET /half")
+        assert b"ended a request (GET) after" in wire.read_to_end()
+        record = proxy.wait_requests(before + 1)[-1]
+    assert "None" not in record["message"]
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         _ID + _ID,

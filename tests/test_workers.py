@@ -554,6 +554,18 @@ def test_a_unix_socket_is_made_and_removed(workers: str, upstream: Upstream) -> 
         assert not [r for r in proxy.records() if r["level"] == "error"]
 
 
+def test_a_path_that_is_no_utf_8_is_told_in_valid_unicode(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.sock")
+    with ProxyProcess(upstream.url, listen=f"unix:{path}") as proxy:
+        with connect(path) as wire:
+            wire.get()
+            assert wire.read_response().status == 200
+        proxy.wait_requests(1)
+        log = proxy.log_path.read_text()
+    assert "\\ud" not in log
+    assert f'"client":"unix:{tmp_path}/\\\\xff.sock"' in log
+
+
 def test_a_stale_unix_socket_is_replaced_and_one_in_use_is_not(upstream: Upstream, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as stale:
