@@ -5339,6 +5339,8 @@ _SPLICE_AT_ONCE = 1024 * 1024
 # data.
 _MAX_RESIDUE = 64 * 1024
 _FREE_PIPES = 32
+# How often upstream's kernel is asked for the last octets of a client that has gone.
+_ACKNOWLEDGED_CHECK_S = 0.02
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -5525,6 +5527,7 @@ class Relay:
         "broken",
         "client",
         "client_fin",
+        "client_gone",
         "client_hung_up",
         "client_read_watch",
         "client_write_watch",
@@ -5596,12 +5599,13 @@ class Relay:
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
         self.client_hung_up = (
-            False  # nor polled for: a unix socket says no more of a FIN, TCP says it when both have ended
+            False  # poll says so, and it is no longer polled for: both sides have ended, or it is gone
         )
+        self.client_gone = False  # what a unix socket says before we have ended: it takes nothing any more
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
         )
-        # Upstream's connection has failed, or both its directions have ended, while what came before waits for the
+        # Upstream's connection has failed, or ended (in a tunnel: both ways), while what came before waits for the
         # client. Its error is not asked for: that would take it, and a read behind the last octet then shows an end.
         self.hung_up_ahead = False
         self.body_reads = (
@@ -5764,13 +5768,18 @@ class Relay:
             if response.pending:
                 client_events = max(client_events, 0) | client.write_event
                 if not self.hung_up_ahead:
-                    upstream_events |= select.POLLERR  # no more of it is wanted now, but its failure
+                    # No more of it is wanted now, but its failure, and its end where that comes too early.
+                    upstream_events |= select.POLLERR if self.tunnel else POLLRDHUP
             elif not response.finished:
                 upstream_events |= upstream.read_event
                 if upstream.has_unread:
                     due_at = 0.0
             elif not upstream_events:
                 upstream_events = select.POLLERR  # a tunnel that upstream has ended, but for what it still reads
+            if self.client_gone and (request.finished or self.broken is not None):
+                if upstream.sock.family == socket.AF_UNIX or not unacknowledged_bytes(upstream.sock):
+                    raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
+                due_at = now + _ACKNOWLEDGED_CHECK_S  # closing now would take the client's last octets back
             if client.unflushed:
                 client_events = max(client_events, 0) | WRITABLE
             if upstream.unflushed:
@@ -5790,7 +5799,7 @@ class Relay:
             if upstream_ready or (due_at is not None and upstream.has_unread):
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
-                if response.pending and upstream_ready & FAILED:
+                if response.pending and upstream_ready & (FAILED if self.tunnel else HUNG_UP):
                     self.hung_up_ahead = True  # it would end each wait at once
                 if (
                     not response.pending
@@ -6113,6 +6122,9 @@ class Relay:
                 self._note("client", "fin")
             self.client_fin = True
             self.client_hung_up = bool(ready & select.POLLHUP)
+            self.client_gone = (
+                self.client_hung_up and client.sock.family == socket.AF_UNIX and not self.response.finished
+            )
             return
         raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
 
@@ -6266,11 +6278,13 @@ class Relay:
         return self._abort(self.upstream, Operation.READ, error)
 
     def first_of(self, abort: Abort) -> Abort:
-        """Returns: the abort that decides: where the client's came after upstream had failed in the middle of its
-        response, that failure, for which all that upstream had sent before is read.
+        """Returns: the abort that decides: where this one came after upstream had failed in the middle of its response,
+        that failure, for which all that upstream had sent before is read.
         """
-        if abort.side is not Side.CLIENT or not self.hung_up_ahead:
+        if not self.hung_up_ahead or abort.cause in (Cause.INTERNAL, Cause.RESOURCE):
             return abort
+        if abort.side is Side.UPSTREAM and abort.cause is not Cause.DEADLINE:
+            return abort  # it is about upstream as it is
         assert self.upstream is not None
         is_final = self.response_head is not None  # or what waits for the client is interim, and has no framing
         framing = copy.deepcopy(self.response.framing)
@@ -7623,6 +7637,7 @@ class ClientConnection:
         "_ending",
         "_memory",
         "_notes",
+        "_overdue",
         "_residue",
         "began_at",
         "client",
@@ -7664,6 +7679,7 @@ class ClientConnection:
         self.lease: AnyConnection | None = None
         self.served = 0
         self._ending: Ending = "close"
+        self._overdue = False  # a limit on what the client takes has run out
 
     # -- the connection ----------------------------------------------------------------------------
 
@@ -8372,6 +8388,11 @@ class ClientConnection:
             else:
                 self._ending = self._ending_after(relay)
                 return None
+        self._overdue = (
+            abort.side is Side.CLIENT
+            and abort.operation is Operation.WRITE
+            and abort.cause in (Cause.TIMEOUT, Cause.DEADLINE)
+        )
         if relay is None:
             self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
         is_dead = abort.cause is Cause.DEAD_PEER
@@ -8536,7 +8557,11 @@ class ClientConnection:
             return  # the client has closed already
         if ending != "idle":
             self._linger()
-        self._await_empty(None)
+        if self._overdue:
+            self._await_empty(time.monotonic() + _ANSWER_S)
+        else:
+            deadline = self.settings.client_write_deadline
+            self._await_empty(None if deadline is None else time.monotonic() + deadline.seconds)
 
     def _flush_for(self, until: float) -> None:
         poller = select.poll()

@@ -211,6 +211,7 @@ class ClientConnection:
         "_ending",
         "_memory",
         "_notes",
+        "_overdue",
         "_residue",
         "began_at",
         "client",
@@ -252,6 +253,7 @@ class ClientConnection:
         self.lease: AnyConnection | None = None
         self.served = 0
         self._ending: Ending = "close"
+        self._overdue = False  # a limit on what the client takes has run out
 
     # -- the connection ----------------------------------------------------------------------------
 
@@ -960,6 +962,11 @@ class ClientConnection:
             else:
                 self._ending = self._ending_after(relay)
                 return None
+        self._overdue = (
+            abort.side is Side.CLIENT
+            and abort.operation is Operation.WRITE
+            and abort.cause in (Cause.TIMEOUT, Cause.DEADLINE)
+        )
         if relay is None:
             self.waiter.slot.begin(record.first_at, record.head_read)  # the answer may have to wait for the client
         is_dead = abort.cause is Cause.DEAD_PEER
@@ -1124,7 +1131,11 @@ class ClientConnection:
             return  # the client has closed already
         if ending != "idle":
             self._linger()
-        self._await_empty(None)
+        if self._overdue:
+            self._await_empty(time.monotonic() + _ANSWER_S)
+        else:
+            deadline = self.settings.client_write_deadline
+            self._await_empty(None if deadline is None else time.monotonic() + deadline.seconds)
 
     def _flush_for(self, until: float) -> None:
         poller = select.poll()

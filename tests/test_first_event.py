@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import signal
 import socket
 import ssl
 import struct
@@ -490,3 +491,95 @@ def test_a_client_that_has_said_all_and_pauses_gets_the_rest() -> None:
         assert len(wire.read_to_end()) == 1_000_000
         assert wire.end == "fin"
         wait_until(lambda: sockets() == before)
+
+
+@pytest.mark.parametrize("then", ["reset", "client_write_timeout", "upstream_read_deadline", "drain"])
+def test_upstream_ends_too_early_while_the_client_pauses(then: str) -> None:
+    """In order, as a daemon does that is stopped; what ends the request later only shows it."""
+    closing = ResettingUpstream(b"Content-Length: 90000000", _STOCK, closes=True)
+    options = (f"--{then.replace('_', '-')}", "1.5") if "_" in then else ("--drain-timeout", "0.5")
+    with (
+        Upstream(closing.script) as upstream,
+        ProxyProcess(upstream.url, *options) as proxy,
+        connect(proxy.address, receive_buffer=65_536) as wire,
+    ):
+        wire.send(_HEAD % b"x")
+        closing.pause_behind(wire)
+        if then == "reset":
+            wire.reset()
+        elif then == "drain":
+            proxy.send_signal(signal.SIGTERM)
+        record = proxy.next_request()
+        check_record(record)
+    assert (record["side"], record["cause"], record["operation"]) == ("upstream", "closed", "read"), record["message"]
+    assert record["error_type"] == "http_response_incomplete"
+    assert record["bytes"]["upstream_read"] == upstream.wires[0].sent.count
+
+
+@pytest.mark.parametrize("kind", ["tunnel", "allow"])
+def test_who_closes_a_unix_socket_has_left_though_it_might_have_ended_one_side(kind: str) -> None:
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        if kind == "tunnel":
+            wire.send(_SWITCH)
+            assert wire.read_exactly(4) == b"last"
+            seen.set()
+        assert over.wait(20)  # silent, as a container that is attached to
+
+    seen, over = threading.Event(), threading.Event()
+    mode = ("--client-half-close", "allow") if kind == "allow" else ()
+    with Upstream(script) as upstream, ProxyProcess(upstream.url, *mode, listen="unix") as proxy:
+        with connect(proxy.address) as wire:
+            if kind == "tunnel":
+                wire.send(_UPGRADE)
+                wire.read_head()
+                wire.send(b"last")
+            else:
+                wire.get()
+                wait_until(lambda: upstream.wires and upstream.wires[0].received.count)
+        try:
+            record = proxy.next_request()
+            assert kind == "allow" or seen.wait(5)
+        finally:
+            over.set()
+        check_record(record)
+        assert (record["side"], record["cause"]) == ("client", "closed")
+
+
+def test_who_ends_one_side_of_a_unix_socket_is_still_answered() -> None:
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        wire.send(_SWITCH)
+        assert wire.await_end() == "fin"
+        time.sleep(0.2)
+        wire.send(b"answer")
+
+    with (
+        Upstream(script) as upstream,
+        ProxyProcess(upstream.url, listen="unix") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.send(_UPGRADE)
+        wire.read_head()
+        wire.end_write()
+        assert wire.read_to_end() == b"answer"
+        assert proxy.next_request()["event"] == "request.complete"
+
+
+@pytest.mark.parametrize("limit", ["timeout", "deadline"])
+def test_a_response_that_its_limit_has_ended_does_not_hold_its_connection(limit: str) -> None:
+    with (
+        Upstream(answer_all(ok(_STOCK))) as upstream,
+        ProxyProcess(upstream.url, f"--client-write-{limit}", "1", "--max-connections", "1") as proxy,
+        connect(proxy.address, receive_buffer=8192) as paused,
+    ):
+        paused.get()
+        record = proxy.next_request()
+        assert (record["side"], record["cause"]) == ("client", limit)
+
+        def is_free() -> bool:
+            with connect(proxy.address) as wire:
+                wire.get()
+                return wire.read_head().startswith(b"HTTP/1.1 200")
+
+        wait_until(is_free, 5)
