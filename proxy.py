@@ -5502,9 +5502,7 @@ class Begun(typing.NamedTuple):
     sent_at: float | None  # when it had taken all of them; None: it has not
     answer: bytes | None  # what upstream then answered, in one read; None: nothing yet
     first_byte_at: float | None  # when that was read
-    response_head: (
-        ResponseHead | None
-    )  # if the answer was whole, and the client is told it; None: it is told nothing yet
+    response_head: ResponseHead | None  # what the client is told, as the answer was whole; None: nothing yet
     octets: bytes  # what the client is told: head and body
     body_size: int  # how many of these octets are the body
     chunks: ChunkedFraming | None  # the framing of that body, which it was fed; None: a length, or no body
@@ -5598,9 +5596,7 @@ class Relay:
         self.close_client = not prepared.keep_alive  # the connection ends with this response
         self.upstream_usable = True  # nothing has happened that keeps the upstream connection out of its pool
         self.client_fin = False  # seen, and allowed
-        self.client_hung_up = (
-            False  # poll says so, and it is no longer polled for: both sides have ended, or it is gone
-        )
+        self.client_hung_up = False  # both sides have ended, or it is gone: it is no longer polled for
         self.client_gone = False  # what a unix socket says before we have ended: it takes nothing any more
         self.broken: Abort | None = (
             None  # why no more of the request can be written; judged when upstream's answer is known
