@@ -320,7 +320,7 @@ class ClientConnection:
             self._connection_abort(failure, began_at)
             return False
         finally:
-            self.waiter.watches.clear()
+            self.waiter.forget_phases()
         return True
 
     def _answer_plain_http(self, abort: Abort, *, head_only: bool) -> None:
@@ -480,7 +480,6 @@ class ClientConnection:
                 )
             if not watching:
                 watching = True
-                waiter.phase_of = _request_head_phase
                 self._watch_head(record.first_at, Operation.READ)
             waiter.slot.begin(record.first_at, len(octets))
             scanned_from = max(0, len(octets) - 3)
@@ -1241,10 +1240,6 @@ def log_connection_abort(
         exception=describe_exception(abort.original),
         socket={"client": evidence, "upstream": None},
     )
-
-
-def _request_head_phase(side: Side, operation: Operation) -> Phase:
-    return Phase.REQUEST_HEAD
 
 
 def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:

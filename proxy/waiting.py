@@ -87,7 +87,7 @@ class Waiter:
         self.dead_limit = dead_limit
         self.drain_seen = False
         self.watches: list[TimedWatch] = []
-        self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _no_phase
+        self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _between_relays
         self._poller: select.poll | None = None  # made when first wanted: many short connections never wait
         self._client_events = -1
         self._wake_registered = False
@@ -111,8 +111,8 @@ class Waiter:
         self.upstream = None
 
     def forget_phases(self) -> None:
-        """Let go of the relay whose phases were asked for."""
-        self.phase_of = _no_phase
+        """Let go of whoever was asked for phases, and of the limits: what comes next is a request head."""
+        self.phase_of = _between_relays
         self.watches.clear()
 
     def idle(self, until: float | None) -> bool:
@@ -308,5 +308,5 @@ def pulse_interval(dead_limit: Limit | None) -> float:
     return min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
 
 
-def _no_phase(side: Side, operation: Operation) -> Phase:
+def _between_relays(side: Side, operation: Operation) -> Phase:
     return Phase.REQUEST_HEAD
