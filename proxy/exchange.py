@@ -239,7 +239,7 @@ class ClientConnection:
         slot = worker.slots.take(self.connection_id, name)  # given back at the end of ``serve``
         self._notes = ConnectionNotes(self.connection_id, name, worker.pid, slot)
         dead = settings.peer_dead_timeout
-        pulse = PeerPulse(dead.seconds) if dead is not None and worker.watches_pulse else None
+        pulse = PeerPulse() if worker.watches_pulse else None
         self.client: AnyEndpoint
         if worker.server_tls is None:
             self.client = Endpoint(sock, Side.CLIENT, name, pulse)
@@ -900,13 +900,7 @@ class ClientConnection:
         upstream = connection.endpoint
         assert upstream is not None
         self.waiter.forget_upstream()
-        if (
-            relay.upstream_usable
-            and relay.request.finished
-            and not relay.tunnel
-            and not upstream.has_unread
-            and not upstream.mid_record
-        ):
+        if relay.upstream_usable and relay.request.finished and not upstream.has_unread and not upstream.mid_record:
             upstream.end_splice()
             pool.release(connection)
             self.lease = None

@@ -26,13 +26,12 @@ _SIOCOUTQNSD = 0x894B
 _COUNT = struct.Struct("=i")
 # linux/tcp.h. Python 3.11 has no name for it; since Linux 6.15, else ENOPROTOOPT.
 _TCP_RTO_MAX_MS = 44
-# linux/fcntl.h. Python 3.10 added the names, on Linux only.
+# linux/fcntl.h. Python 3.10 added the name, on Linux only.
 _F_SETPIPE_SZ: int = getattr(fcntl, "F_SETPIPE_SZ", 1031)
-_F_GETPIPE_SZ: int = getattr(fcntl, "F_GETPIPE_SZ", 1032)
 _PIPE_SIZE = 1024 * 1024
 
 # struct tcp_info of linux/tcp.h, which only grows at its end; fields that nobody here reads are skipped (x).
-_INFO = struct.Struct("=BxBBB3x 16xI 16xI4xII 8xI28xI 16xQQ4xII 20xQQQ 36xI")
+_INFO = struct.Struct("=BxBB4x 16xI 16xI4xII 8xI28xI 16xQ12xII 20xQQ 44xI")
 _INFO_READ = 512
 
 _STATES = (
@@ -66,7 +65,6 @@ class TcpInfo:
     state: str  # as RFC 9293 §3.3.2 writes it: "ESTABLISHED", "FIN_WAIT_1"
     retransmits: int  # retransmission timeouts in a row that nothing answered
     probes: int  # probes, of a closed window or keepalive, that nothing answered
-    backoff: int
     unacked: int  # segments in flight
     last_data_sent_s: float  # a retransmission counts, a probe does not
     last_data_recv_s: float
@@ -74,12 +72,10 @@ class TcpInfo:
     rtt_s: float  # smoothed
     total_retransmits: int
     bytes_acked: int
-    bytes_received: int
     segments_received: int  # with data or without
     notsent_bytes: int
-    busy_s: float  # with data to send; of this, held up by the peer's window and by our send buffer:
+    busy_s: float  # with data to send; of this, held up by the peer's window:
     rwnd_limited_s: float
-    sndbuf_limited_s: float
     snd_wnd: int | None  # the peer's window; None before Linux 5.4
 
     @property
@@ -132,7 +128,6 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
         state,
         retransmits,
         probes,
-        backoff,
         unacked,
         last_data_sent_ms,
         last_data_recv_ms,
@@ -140,19 +135,16 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
         rtt_us,
         total_retransmits,
         bytes_acked,
-        bytes_received,
         segments_received,
         notsent_bytes,
         busy_us,
         rwnd_limited_us,
-        sndbuf_limited_us,
         snd_wnd,
     ) = _INFO.unpack_from(octets)
     return TcpInfo(
         _STATES[state] if state < len(_STATES) else f"STATE_{state}",
         retransmits,
         probes,
-        backoff,
         unacked,
         last_data_sent_ms / 1000,
         last_data_recv_ms / 1000,
@@ -160,12 +152,10 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
         rtt_us / 1e6,
         total_retransmits,
         bytes_acked,
-        bytes_received,
         segments_received,
         notsent_bytes,
         busy_us / 1e6,
         rwnd_limited_us / 1e6,
-        sndbuf_limited_us / 1e6,
         snd_wnd if have >= _INFO.size else None,
     )
 
@@ -269,10 +259,9 @@ class PeerPulse:
     time counts only from the first look that found a question open, and any segment that comes in starts it anew.
     """
 
-    __slots__ = ("_segments", "_silent_since", "dead_after_s")
+    __slots__ = ("_segments", "_silent_since")
 
-    def __init__(self, dead_after_s: float) -> None:
-        self.dead_after_s = dead_after_s  # for the caller to compare with
+    def __init__(self) -> None:
         self._segments = -1
         self._silent_since: float | None = None
 
@@ -342,12 +331,12 @@ def _tcp_options(peer_dead_s: float | None, user_timeout_s: float | None) -> tup
 class SplicePipe:
     """A pipe through which octets pass from socket to socket inside the kernel. Used by one thread at a time.
 
-    A pipe is full when its slots are, and a slot may hold as little as one small packet: ``held < size`` does not
-    promise room, so drain before filling again, and take ``BlockingIOError`` of ``fill`` for an empty socket only while
-    nothing is held.
+    A pipe is full when its slots are, and a slot may hold as little as one small packet: no count of octets promises
+    room, so drain before filling again, and take ``BlockingIOError`` of ``fill`` for an empty socket only while nothing
+    is held.
     """
 
-    __slots__ = ("_read_fd", "_write_fd", "held", "size")
+    __slots__ = ("_read_fd", "_write_fd", "held")
 
     def __init__(self) -> None:
         """Raises: OSError when no pipe can be had: no descriptors left, or no splice here."""
@@ -360,11 +349,6 @@ class SplicePipe:
         except OSError:
             # Past the user's share of pipe pages, or the system's largest pipe: it stays as small as it was made.
             pass
-        self.size: int = fcntl.fcntl(self._write_fd, _F_GETPIPE_SZ)
-
-    def fileno(self) -> tuple[int, int]:
-        """Returns: the descriptors of its reading and its writing end."""
-        return self._read_fd, self._write_fd
 
     def fill(self, source_fd: int, count: int) -> int:
         """Move up to ``count`` octets from a socket into the pipe, without waiting.

@@ -51,8 +51,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     threads is on the way of a request; whoever takes the last waiting place starts another thread first.
     """
 
-    daemon_threads = True
-
     def __init__(self, worker: Worker, listener: socket.socket, all_connections: "typing.Callable[[], int]") -> None:
         """Take over ``listener``, which listens already. ``all_connections`` counts the client connections of all
         workers.

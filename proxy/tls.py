@@ -10,7 +10,7 @@ import typing
 
 import certifi
 
-from .config import ConfigError, Settings, UpstreamUrl
+from .config import ConfigError, Settings
 from .endpoint import TlsEndpoint
 from .vocabulary import Side
 
@@ -51,8 +51,7 @@ def upstream_context(settings: Settings) -> UpstreamContext | None:
     Returns: None where upstream is not ``https://``.
     Raises: ConfigError for files that can't be read or used.
     """
-    url: UpstreamUrl = settings.upstream
-    if url.scheme != "https":
+    if settings.upstream.scheme != "https":
         return None
     context = UpstreamContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -189,7 +188,7 @@ def _why_unusable(reason: str, cert: str, key: str | None, key_flag: str) -> str
 
 
 def _load_authorities(context: ssl.SSLContext, settings: Settings, name: str, path: str) -> None:
-    where = f"{name} {path!r} ({settings.sources.get(name, 'default')})"
+    where = f"{name} {path!r} ({settings.sources[name]})"
     _check_readable(where, path)
     try:
         context.load_verify_locations(cafile=path)

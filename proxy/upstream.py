@@ -160,14 +160,12 @@ class _LeasedConnection:
         self.endpoint = None
         super().close()  # type: ignore[misc]  # urllib3's
 
-    def open(self, wait: ConnectWait) -> AnyEndpoint:
-        """Connect, TLS handshake included, and return the endpoint. Raises: Abort with side upstream, or as ``wait``
-        does.
-        """
+    def open(self, wait: ConnectWait) -> None:
+        """Connect, TLS handshake included, and make the endpoint. Raises: Abort with side upstream, or as ``wait``."""
         self._wait = wait
         self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
-        dead = self.settings.peer_dead_timeout
-        pulse = PeerPulse(dead.seconds) if dead is not None and self.url.scheme != "unix" else None
+        watched = self.settings.peer_dead_timeout is not None and self.url.scheme != "unix"
+        pulse = PeerPulse() if watched else None
         if isinstance(self.sock, TlsEndpoint):
             endpoint: AnyEndpoint = self.sock
             endpoint.name = self.name
@@ -182,7 +180,6 @@ class _LeasedConnection:
         self._probe = select.poll()
         self._probe.register(endpoint.fd, select.POLLIN)
         self._wait = None
-        return endpoint
 
     def _shake_hands(self, endpoint: TlsEndpoint, wait: ConnectWait) -> None:
         try:

@@ -56,7 +56,6 @@ class SharedCounts:
     def __init__(self, workers: int) -> None:
         self._memory = mmap.mmap(-1, workers * _SLOT_BYTES)
         self._cells = memoryview(self._memory).cast("Q")
-        self.workers = workers
 
     def cells(self, index: int) -> memoryview:
         """Returns: the cells of one worker."""
