@@ -61,7 +61,7 @@ from .kernel import (
 )
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
-from .record import ConnectionNotes, Outcome, Record, Tally, describe_exception, describe_limit
+from .record import ConnectionNotes, Outcome, Record, Tally, describe_abort, describe_exception
 from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit, failed_socket, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
@@ -1225,13 +1225,7 @@ def log_connection_abort(
         pid=worker.pid,
         client=client,
         duration_s=round(duration_s, 6),
-        side=abort.side.value,
-        phase=abort.phase.value,
-        operation=abort.operation.value if abort.operation else None,
-        cause=abort.cause.value,
-        limit=describe_limit(abort),
-        error_type=abort.error_type,
-        exception=describe_exception(abort.original),
+        **describe_abort(abort),
         socket={"client": evidence, "upstream": None},
     )
 
@@ -1254,8 +1248,8 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
 def _attempt(abort: Abort, upstream: str) -> dict[str, object]:
     return {
         "upstream": upstream,
-        "phase": abort.phase.value,
-        "operation": abort.operation.value if abort.operation else None,
-        "cause": abort.cause.value,
+        "phase": abort.phase,
+        "operation": abort.operation,
+        "cause": abort.cause,
         "exception": describe_exception(abort.original),
     }

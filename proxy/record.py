@@ -456,10 +456,10 @@ class Record:
         }
         if abort is not None:
             least: dict[str, object] = {
-                "side": abort.side.value,
-                "phase": abort.phase.value,
-                "operation": abort.operation.value if abort.operation is not None else None,
-                "cause": abort.cause.value,
+                "side": abort.side,
+                "phase": abort.phase,
+                "operation": abort.operation,
+                "cause": abort.cause,
                 "limit": _try(lambda: describe_limit(abort), None),
                 "error_type": abort.error_type,
                 "exception": _try(lambda: describe_exception(abort.original), None),
@@ -478,13 +478,7 @@ class Record:
         return fields
 
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
-        fields: dict[str, object] = {
-            "side": abort.side.value,
-            "phase": abort.phase.value,
-            "operation": abort.operation.value if abort.operation is not None else None,
-            "cause": abort.cause.value,
-            "limit": describe_limit(abort),
-            "error_type": abort.error_type,
+        fields = describe_abort(abort) | {
             "exception": describe_exception(self._first_error(abort)),
             "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
@@ -649,13 +643,7 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
         "expected": {"request_body": request.expected_request, "response_body": request.expected_response},
         "duration_s": round(duration_s, 6),
         "timing_s": {},
-        "side": abort.side.value,
-        "phase": abort.phase.value,
-        "operation": None,
-        "cause": abort.cause.value,
-        "limit": None,
-        "error_type": abort.error_type,
-        "exception": None,
+        **describe_abort(abort),
         "stalled_s": {},
         "socket": {"client": None, "upstream": None},
         "events": [],
@@ -727,6 +715,19 @@ def _error_text(error: BaseException | None) -> str:
     if isinstance(error, OSError) and error.strerror:
         return printable(error.strerror.encode("utf-8", "backslashreplace"))[:200]
     return printable(f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace"))[:200]
+
+
+def describe_abort(abort: Abort) -> dict[str, object]:
+    """Returns: the fields that say whose doing an abort was, when and why."""
+    return {
+        "side": abort.side,
+        "phase": abort.phase,
+        "operation": abort.operation,
+        "cause": abort.cause,
+        "limit": describe_limit(abort),
+        "error_type": abort.error_type,
+        "exception": describe_exception(abort.original),
+    }
 
 
 def describe_exception(error: BaseException | None) -> dict[str, object] | None:
