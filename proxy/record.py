@@ -54,9 +54,8 @@ class Tally:
     def __init__(self, cells: memoryview) -> None:
         """``cells`` are ``len(NAMES)`` unsigned 64-bit numbers in memory that may be shared between processes."""
         self._cells = cells
-        self._lock = (
-            threading.Lock()
-        )  # guards _cells against the other threads of this process, the only one that writes them
+        # Guards _cells against the other threads of this process, the only one that writes them.
+        self._lock = threading.Lock()
 
     def add(self, index: int, count: int = 1) -> None:
         """Add to the count of ``NAMES[index]``."""
@@ -291,11 +290,9 @@ class Record:
         if self.outcome is not None:
             return self.outcome.response_head.status
         relay = self.relay
-        return (
-            relay.response_head.status
-            if relay is not None and relay.response_head is not None and relay.head_out
-            else None
-        )
+        if relay is None or relay.response_head is None or not relay.head_out:
+            return None
+        return relay.response_head.status
 
     def _complete_line(self) -> str:
         """The line of ``request.complete``, without the general way through dictionaries where nothing is out of the
@@ -376,35 +373,20 @@ class Record:
         """Returns: the fields of the contract, those of an abort included if there is one."""
         now = time.monotonic()
         relay, outcome = self.relay, self.outcome
-        response_head = relay.response_head if relay is not None else None
         if outcome is not None:
-            response_head = outcome.response_head
             now = outcome.last_byte_at
         elif abort is None and relay is not None and relay.ended_at is not None:
             now = relay.ended_at  # what was awaited after that is its delivery
         first_at = self.first_at
         method, target = self.method_and_target()
-        timing: dict[str, float] = {}
-        expected: dict[str, int | None] = {
-            "request_body": self.head.section.content_length if self.head is not None else None,
-            "response_body": response_head.section.content_length if response_head is not None else None,
-        }
-        moments: list[tuple[str, float | None]] = [("head", self.head_at), ("connected", self.connected_at)]
-        if outcome is not None:
-            moments += [
-                ("request_sent", outcome.sent_at),
-                ("first_byte", outcome.first_byte_at),
-                ("last_byte", outcome.last_byte_at),
-            ]
-        elif relay is not None:
-            moments += [
-                ("request_sent", relay.sent_at),
-                ("first_byte", relay.first_byte_at),
-                ("last_byte", relay.last_byte_at),
-            ]
-        for name, at in moments:
-            if at is not None:
-                timing[name] = round(at - first_at, 6)
+        moments: dict[str, float | None] = {"head": self.head_at, "connected": self.connected_at}
+        response_head = None
+        exchanged = outcome or relay  # both tell these under the same names
+        if exchanged is not None:
+            response_head = exchanged.response_head
+            moments["request_sent"] = exchanged.sent_at
+            moments["first_byte"] = exchanged.first_byte_at
+            moments["last_byte"] = exchanged.last_byte_at
         fields: dict[str, object] = {
             "message": "",
             "request_id": self.request_id,
@@ -416,9 +398,12 @@ class Record:
             "target": target,
             "status": self.status(),
             "bytes": self.bytes(),
-            "expected": expected,
+            "expected": {
+                "request_body": self.head.section.content_length if self.head is not None else None,
+                "response_body": response_head.section.content_length if response_head is not None else None,
+            },
             "duration_s": round(now - first_at, 6),
-            "timing_s": timing,
+            "timing_s": {name: round(at - first_at, 6) for name, at in moments.items() if at is not None},
         }
         if self.attempts:
             fields["attempts"] = self.attempts

@@ -311,15 +311,13 @@ class Relay:
         self.client_fin = False  # seen, and allowed
         self.client_hung_up = False  # both sides have ended, or it is gone: it is no longer polled for
         self.client_gone = False  # what a unix socket says before we have ended: it takes nothing any more
-        self.broken: Abort | None = (
-            None  # why no more of the request can be written; judged when upstream's answer is known
-        )
+        # Why no more of the request can be written; judged when upstream's answer is known.
+        self.broken: Abort | None = None
         # Upstream's connection has failed, or ended (in a tunnel: both ways), while what came before waits for the
         # client. Its error is not asked for: that would take it, and a read behind the last octet then shows an end.
         self.hung_up_ahead = False
-        self.body_reads = (
-            0  # reads of the request body beyond what came with the head: those octets can't be sent again
-        )
+        # Reads of the request body beyond what came with the head: those octets can't be sent again.
+        self.body_reads = 0
         self._noted_head: ResponseHead | None = None  # see note_progress
         self._noted_finished: bool | None = None
         self._head_from = ENDLESS  # what response.written was when the final head was queued
