@@ -6,6 +6,7 @@ used.
 """
 
 import errno
+import os
 import socket
 import ssl
 
@@ -131,6 +132,15 @@ def socket_abort(side: Side, phase: Phase, operation: Operation, error: OSError,
         original=error,
         error_type=fitting_type,
     )
+
+
+def failed_socket(side: Side, phase: Phase, operation: Operation, number: int, limit: Limit | None) -> Abort:
+    """Make the abort of a socket that poll reports as failed, with the ``number`` of the error that the kernel told of
+    it, 0 where that was told before: then it was a reset. ``limit`` as in ``socket_abort``.
+    """
+    if not number:
+        return Abort(side, phase, operation, Cause.RESET)
+    return socket_abort(side, phase, operation, OSError(number, os.strerror(number)), limit)
 
 
 def malformed_request(error: MalformedMessage, phase: Phase, bounds: dict[str, Bound]) -> Abort:

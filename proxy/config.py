@@ -340,6 +340,13 @@ class Settings:
         idle = self.keepalive_timeout
         return isinstance(self.listen, TcpAddress) and (idle is None or idle.seconds >= _MIN_IDLE_S)
 
+    @property
+    def dead_peer_limit(self) -> Limit | None:
+        """The option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive probes
+        follow.
+        """
+        return self.tcp_user_timeout or self.peer_dead_timeout
+
     def describe(self) -> dict[str, dict[str, object]]:
         """Say for JSON what every option is and where it was set.
 

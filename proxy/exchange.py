@@ -16,7 +16,7 @@ import ssl
 import time
 import typing
 
-from .aborts import Abort, classify, malformed_request, socket_abort
+from .aborts import Abort, classify, failed_socket, malformed_request, socket_abort
 from .config import Settings, UnixAddress
 from .docker import error_line
 from .endpoint import (
@@ -62,7 +62,7 @@ from .kernel import (
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
 from .record import ConnectionNotes, Outcome, Record, Tally, describe_abort, describe_exception
-from .relay import FIRST_READ, Begun, PipeStore, Relay, dead_peer_limit, failed_socket, status_after_fin
+from .relay import FIRST_READ, Begun, PipeStore, Relay, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
@@ -315,8 +315,8 @@ class ClientConnection:
             if isinstance(error, ssl.SSLEOFError):
                 failure = Abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, Cause.CLOSED, original=error)
             else:
-                dead = dead_peer_limit(self.settings, client)
-                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, dead)
+                limit = self.settings.dead_peer_limit
+                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit)
             self._connection_abort(failure, began_at)
             return False
         finally:
@@ -513,7 +513,7 @@ class ClientConnection:
             except BlockingIOError:
                 continue  # nothing to read after all: wait again, under the same limit
             except OSError as error:
-                limit = dead_peer_limit(self.settings, client)
+                limit = self.settings.dead_peer_limit
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
             if not more:
                 status = status_after_fin(self.settings)
@@ -859,7 +859,8 @@ class ClientConnection:
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if number or client_ready & select.POLLERR:
                         # A reset, or the kernel's verdict that nobody is there any more.
-                        raise failed_socket(self.settings, self.client, Phase.CONNECT, Operation.READ, number)
+                        dead_limit = self.settings.dead_peer_limit
+                        raise failed_socket(Side.CLIENT, Phase.CONNECT, Operation.READ, number, dead_limit)
                     raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
                 if upstream_ready or (due_at is not None and now >= due_at):
                     return bool(upstream_ready)
@@ -888,7 +889,7 @@ class ClientConnection:
         except BlockingIOError:
             pass  # what came was TLS's own, or a part of a record
         except OSError as error:
-            limit = dead_peer_limit(self.settings, self.client)
+            limit = self.settings.dead_peer_limit
             raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
         finally:
             if len(parts) > 1:
@@ -1027,7 +1028,7 @@ class ClientConnection:
                 info = tcp_info(sock)
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number or (info is not None and info.state == "CLOSED"):
-                    raise failed_socket(self.settings, self.client, phase, Operation.WRITE, number)
+                    raise failed_socket(Side.CLIENT, phase, Operation.WRITE, number, self.settings.dead_peer_limit)
             pause_s = min(pause_s * 2, 0.05)
 
     def _tell_client(self, record: Record, abort: Abort) -> None:

@@ -10,14 +10,13 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 import copy
-import os
 import select
 import socket
 import ssl
 import time
 import typing
 
-from .aborts import Abort, malformed_request, malformed_response, refuses_certificate, socket_abort
+from .aborts import Abort, failed_socket, malformed_request, malformed_response, refuses_certificate, socket_abort
 from .config import Settings
 from .docker import hijacks, is_message_stream
 from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint, TlsEndpoint
@@ -38,7 +37,7 @@ from .framing import (
 from .grammar import MalformedMessage
 from .head import RequestHead, ResponseHead, SectionMemory, check_partial_response_head, parse_response_head
 from .kernel import POLLRDHUP, SplicePipe, fin_on_close, reset_on_close, unacknowledged_bytes
-from .limits import Bound, Limit, Watch
+from .limits import Bound, Watch
 from .vocabulary import Cause, Operation, Phase, Side
 from .waiting import FAILED, HUNG_UP, TimedWatch, Waiter
 
@@ -1403,12 +1402,13 @@ class Relay:
         if endpoint.side is Side.UPSTREAM and refuses_certificate(error):
             # Under TLS 1.3 upstream judges our certificate when the handshake is over for us (RFC 8446 §4.4.2.4).
             phase, operation = Phase.TLS_HANDSHAKE, Operation.HANDSHAKE
-        return socket_abort(endpoint.side, phase, operation, error, dead_peer_limit(self.settings, endpoint))
+        return socket_abort(endpoint.side, phase, operation, error, self.settings.dead_peer_limit)
 
     def _socket_failed(self, endpoint: AnyEndpoint, operation: Operation) -> Abort:
         """Make the abort of a socket that poll reports as failed: the kernel keeps the reason until it is asked."""
         number = endpoint.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return failed_socket(self.settings, endpoint, self.phase_of(endpoint.side, operation), operation, number)
+        phase = self.phase_of(endpoint.side, operation)
+        return failed_socket(endpoint.side, phase, operation, number, self.settings.dead_peer_limit)
 
     def _note(self, side: str, what: str) -> None:
         if len(self.events) < 16:
@@ -1420,22 +1420,3 @@ def status_after_fin(settings: Settings) -> int | None:
     means that it has left.
     """
     return 400 if settings.client_half_close == "allow" else None
-
-
-def failed_socket(settings: Settings, endpoint: AnyEndpoint, phase: Phase, operation: Operation, number: int) -> Abort:
-    """Returns: the abort of a socket that poll reports as failed, with the ``number`` of the error that the kernel told
-    of it, 0 where that was told before: then it was a reset.
-    """
-    if not number:
-        return Abort(endpoint.side, phase, operation, Cause.RESET)
-    error = OSError(number, os.strerror(number))
-    return socket_abort(endpoint.side, phase, operation, error, dead_peer_limit(settings, endpoint))
-
-
-def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:
-    """Returns: the option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive
-    probes follow.
-    """
-    if endpoint.sock.family == socket.AF_UNIX:
-        return None
-    return settings.tcp_user_timeout or settings.peer_dead_timeout

@@ -186,7 +186,7 @@ class _LeasedConnection:
             while not endpoint.handshake():
                 wait(endpoint.fd, endpoint.read_event, None)
         except OSError as error:
-            limit = self.settings.tcp_user_timeout or self.settings.peer_dead_timeout
+            limit = self.settings.dead_peer_limit
             raise socket_abort(Side.UPSTREAM, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit) from error
 
     def _new_conn(self) -> socket.socket:
