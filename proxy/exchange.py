@@ -61,7 +61,7 @@ from .kernel import (
 )
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
-from .record import ConnectionNotes, Outcome, Record, Tally, describe_abort, describe_exception
+from .record import AboutConnection, Outcome, Record, Tally, describe_abort, describe_exception
 from .relay import FIRST_READ, Begun, PipeStore, Relay, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
@@ -207,10 +207,10 @@ class ClientConnection:
     """Serves one client connection until it ends. Used by one thread; ``record`` may be read by others."""
 
     __slots__ = (
+        "_about",
         "_context",
         "_ending",
         "_memory",
-        "_notes",
         "_overdue",
         "_residue",
         "began_at",
@@ -237,7 +237,7 @@ class ClientConnection:
         self.connection_id = worker.next_id()
         self.began_at = time.monotonic()
         slot = worker.slots.take(self.connection_id, name)  # given back at the end of ``serve``
-        self._notes = ConnectionNotes(self.connection_id, name, worker.pid, slot)
+        self._about = AboutConnection(self.connection_id, name, worker.pid, slot)
         dead = settings.peer_dead_timeout
         pulse = PeerPulse() if worker.watches_pulse else None
         self.client: AnyEndpoint
@@ -362,7 +362,7 @@ class ClientConnection:
             return False
         worker = self.worker
         self.record = record = Record(
-            worker.log, worker.tally, self._settle, worker.next_id(), self._notes, time.monotonic()
+            worker.log, worker.tally, self._settle, worker.next_id(), self._about, time.monotonic()
         )
         self._ending = _UNTIL_SETTLED
         with record:
@@ -1240,7 +1240,7 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
         # Many servers that end an idle connection leave close_notify out.
         and (abort.cause in (Cause.CLOSED, Cause.RESET) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
-        and not relay.head_octets
+        and not relay.partial_head
         and relay.body_reads == 0
         and (head.method in _IDEMPOTENT or relay.request.written == 0)
     )

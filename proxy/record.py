@@ -76,7 +76,7 @@ BEGUN, COMPLETE, REJECT, ABORT, CONNECTIONS, LOST_LINES = range(6)
 _EVENT_INDEX = {"request.complete": COMPLETE, "request.reject": REJECT, "request.abort": ABORT}
 
 
-class ConnectionNotes:
+class AboutConnection:
     """What all records of a client connection say alike."""
 
     __slots__ = ("client", "client_text", "connection_id", "fields_text", "pid", "slot")
@@ -148,7 +148,7 @@ class Record:
         tally: Tally,
         settle: collections.abc.Callable[["Record", Abort | None], Abort | None],
         request_id: str,
-        about: ConnectionNotes,
+        about: AboutConnection,
         first_at: float,
     ) -> None:
         """A request has begun: its first byte came at ``first_at``.
@@ -277,7 +277,7 @@ class Record:
         return {
             "client_read": self.head_read + relay.request.read,
             "client_written": relay.response.written + self.answered_bytes,
-            "upstream_read": relay.response.read + len(relay.head_octets),
+            "upstream_read": relay.response.read + len(relay.partial_head),
             "upstream_written": relay.request.written,
             "request_body": relay.request.relayed_content(),
             "response_body": relay.response.relayed_content(),

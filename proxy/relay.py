@@ -246,11 +246,11 @@ class Relay:
         "events",
         "first_byte_at",
         "guarded",
-        "head_octets",
         "hung_up_ahead",
         "last_byte_at",
         "memory",
         "message_stream",
+        "partial_head",
         "pipes",
         "prepared",
         "proxy_name",
@@ -300,7 +300,7 @@ class Relay:
         self.response = Flow(NO_BODY)
         self.response.sink = waiter.client
         self.response_head: ResponseHead | None = None
-        self.head_octets = b""  # of a response head whose end has not come
+        self.partial_head = b""  # of a response head whose end has not come
         self.residue = b""  # what the client sent behind this request
         self.tunnel = False
         self.message_stream = False
@@ -639,7 +639,7 @@ class Relay:
             if isinstance(error, OSError):
                 raise self._abort(client, Operation.WRITE, error)
         elif error is not None:
-            self.head_octets = answer
+            self.partial_head = answer
         else:
             assert begun.first_byte_at is not None
             self._take_from_upstream(answer, len(answer), begun.first_byte_at)
@@ -825,7 +825,7 @@ class Relay:
                     return  # else its end is behind them
         if allow_half_close or self.tunnel:
             if not self.client_fin:
-                self._note("client", "fin")
+                self._add_event("client", "fin")
             self.client_fin = True
             self.client_hung_up = bool(ready & select.POLLHUP)
             self.client_gone = (
@@ -899,7 +899,7 @@ class Relay:
         if self.tunnel:
             request.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             if not self.client_fin:
-                self._note("client", "fin")
+                self._add_event("client", "fin")
             self.client_fin = True
             self._flush_request(now)
             return
@@ -945,7 +945,7 @@ class Relay:
             self.ended_at = now
         elif self.awaited_from is None:
             self.awaited_from = now
-        self._note("upstream", "stopped_reading")
+        self._add_event("upstream", "stopped_reading")
 
     # -- upstream to client ------------------------------------------------------------------------
 
@@ -1063,7 +1063,7 @@ class Relay:
             response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False
             if self.tunnel:
-                self._note("upstream", "fin")
+                self._add_event("upstream", "fin")
             elif response.enchunk:
                 response.octets = _LAST_CHUNK
                 response.start, response.end = 0, len(_LAST_CHUNK)
@@ -1079,17 +1079,17 @@ class Relay:
             Operation.READ,
             Cause.CLOSED,
             detail=None
-            if self.response_head is not None or not self.head_octets
+            if self.response_head is not None or not self.partial_head
             else "its response head was not whole",
         )
 
     def _take_head_octets(self, octets: bytes, now: float) -> None:
         """Take octets of response heads: interim ones go on at once, the final one decides how the rest is relayed."""
         response = self.response
-        checked = len(self.head_octets)
+        checked = len(self.partial_head)
         if checked:
-            octets = self.head_octets + octets
-            self.head_octets = b""
+            octets = self.partial_head + octets
+            self.partial_head = b""
         memory = self.memory
         assert memory is not None
         while self.response_head is None:
@@ -1105,7 +1105,7 @@ class Relay:
                         limit=self.settings.max_head_size,
                         detail="the response head is too large",
                     )
-                self.head_octets = octets
+                self.partial_head = octets
                 try:
                     check_partial_response_head(octets, checked)
                 except MalformedMessage as error:
@@ -1137,7 +1137,7 @@ class Relay:
             if self.request_head.minor:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
-                self._note("upstream", str(status))
+                self._add_event("upstream", str(status))
                 self._flush_response(now)
             if not rest:
                 self.first_byte_at = None  # of the final response
@@ -1202,7 +1202,7 @@ class Relay:
         if stop < count:
             # Octets behind the end of a response belong to nothing we asked for.
             self.upstream_usable = False
-            self._note("upstream", "excess")
+            self._add_event("upstream", "excess")
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
@@ -1274,7 +1274,7 @@ class Relay:
         request.framing = ConnectionFraming()
         request.finished = False
         response.framing = ConnectionFraming()
-        self._note("upstream", "tunnel")
+        self._add_event("upstream", "tunnel")
         assert self.upstream is not None
         self._guard(self.client)
         self._guard(self.upstream)
@@ -1410,7 +1410,7 @@ class Relay:
         phase = self.phase_of(endpoint.side, operation)
         return failed_socket(endpoint.side, phase, operation, number, self.settings.dead_peer_limit)
 
-    def _note(self, side: str, what: str) -> None:
+    def _add_event(self, side: str, what: str) -> None:
         if len(self.events) < 16:
             self.events.append((time.monotonic(), side, what))
 

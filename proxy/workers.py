@@ -35,7 +35,7 @@ from .waiting import Control
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
-_SLOT_BYTES = len(Tally.NAMES) * _CELL_BYTES
+_WORKER_BYTES = len(Tally.NAMES) * _CELL_BYTES
 _DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
 # What a worker reports when it accepts connections; anything else is why it can't.
 _SERVES = b"\0"
@@ -51,10 +51,10 @@ _MORE_ROOM = "allow more open files and processes (ulimit -n and -u), or set few
 
 
 class SharedCounts:
-    """The counts of all workers, in memory they share: one slot each, written by that worker alone."""
+    """The counts of all workers, in memory they share: cells of its own for each, which that worker alone writes."""
 
     def __init__(self, workers: int) -> None:
-        self._memory = mmap.mmap(-1, workers * _SLOT_BYTES)
+        self._memory = mmap.mmap(-1, workers * _WORKER_BYTES)
         self._cells = memoryview(self._memory).cast("Q")
 
     def cells(self, index: int) -> memoryview:
@@ -419,7 +419,7 @@ class Supervisor:
             workers=sorted(self.pids),
             settings=self.settings.describe(),
         )
-        self._note(configuration_notes(self.settings, os.environ))
+        self._log_notes(configuration_notes(self.settings, os.environ))
         notify_systemd("READY=1")
         poller = select.poll()
         poller.register(wake_read, select.POLLIN)
@@ -444,7 +444,7 @@ class Supervisor:
                     self._start_again(index)
         return self._report(began_at)
 
-    def _note(self, notes: list[str]) -> None:
+    def _log_notes(self, notes: list[str]) -> None:
         """Log what is worth a look in the configuration."""
         for note in notes:
             self.log.event("warning", "server.note", message=note, pid=os.getpid())
@@ -570,7 +570,7 @@ class Supervisor:
             # Bad files leave the old contexts in use, here as in the workers, each of which logs what is wrong.
             with contextlib.suppress(ConfigError):
                 self.contexts = read_contexts(self.settings)
-                self._note(certificate_notes(self.settings))
+                self._log_notes(certificate_notes(self.settings))
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
             self.log.reopen()
