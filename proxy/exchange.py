@@ -66,7 +66,7 @@ from .relay import FIRST_READ, Begun, PipeStore, Relay, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
-from .waiting import FAILED, HUNG_UP, Control, TimedWatch, Waiter, pulse_interval
+from .waiting import FAILED, HUNG_UP, LEFT_OUT, Control, TimedWatch, Waiter, pulse_interval
 
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
@@ -305,7 +305,7 @@ class ClientConnection:
             self.waiter.phase_of = lambda side, operation: Phase.TLS_HANDSHAKE
             self._watch_head(began_at, Operation.HANDSHAKE)
             while not client.handshake():
-                self.waiter.wait(client.read_event, -1, 0)
+                self.waiter.wait(client.read_event)
         except BlockingIOError:
             return self._shake_hands()  # poll was wrong about readiness
         except Abort as abort:
@@ -507,7 +507,7 @@ class ClientConnection:
         client = self.client
         while True:
             if not client.has_unread:
-                self.waiter.wait(client.read_event, -1, 0)
+                self.waiter.wait(client.read_event)
             try:
                 more = client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
@@ -1016,7 +1016,7 @@ class ClientConnection:
             # A hang-up is no failure: both sides have ended what they write, and the queue still drains. It would end
             # each wait at once, so the client is not polled for after it.
             try:
-                ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+                ready, _, _ = waiter.wait(LEFT_OUT if hung_up else 0, due_at=min(until, now + pause_s))
             except Abort as abort:
                 if abort.cause is Cause.SHUTDOWN:
                     return  # all was written; that its delivery is no longer awaited makes no abort of it

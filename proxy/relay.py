@@ -39,7 +39,7 @@ from .head import RequestHead, ResponseHead, SectionMemory, check_partial_respon
 from .kernel import POLLRDHUP, SplicePipe, fin_on_close, reset_on_close, unacknowledged_bytes
 from .limits import Bound, Watch
 from .vocabulary import Cause, Operation, Phase, Side
-from .waiting import FAILED, HUNG_UP, TimedWatch, Waiter
+from .waiting import FAILED, HUNG_UP, LEFT_OUT, TimedWatch, Waiter
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 FIRST_READ = 64 * 1024
@@ -455,7 +455,7 @@ class Relay:
                 self._client_ends(waiter.peek_client(), allow_half_close)
             raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
-            client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
+            client_events = (LEFT_OUT if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
             due_at = None
             if request.pending:

@@ -21,6 +21,9 @@ from .vocabulary import Cause, Operation, Phase, Side
 FAILED = select.POLLERR | select.POLLHUP | select.POLLNVAL
 HUNG_UP = POLLRDHUP | FAILED
 
+# Client events of a wait that leaves the client out; 0 waits for its failure alone.
+LEFT_OUT = -1
+
 # The longest wait while a write makes no progress, as a part of its timeout: how soon acknowledged bytes are noticed.
 _STALL_CHECKS = 4
 # While the worker drains, how often a request in flight looks whether it has to end now.
@@ -89,7 +92,7 @@ class Waiter:
         self.watches: list[TimedWatch] = []
         self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _between_relays
         self._poller: select.poll | None = None  # made when first wanted: many short connections never wait
-        self._client_events = -1
+        self._client_events = LEFT_OUT
         self._wake_registered = False
         self._upstream_fd = -1
         self._upstream_events = 0
@@ -161,19 +164,19 @@ class Waiter:
         return sum(events for _, events in poller.poll(0))
 
     def wait(
-        self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None
+        self, client_events: int, upstream_fd: int = -1, upstream_events: int = 0, due_at: float | None = None
     ) -> tuple[int, int, float]:
         """Wait until a socket is ready, or ``due_at``, whichever comes first.
 
         Upstream events of 0 leave that socket out altogether: its hang-up is not acted on while its octets wait for
-        the client, and would end every wait at once. The client's failure always ends the wait.
-        Client events of -1 leave the client out, in the same way; 0 waits for its failure alone.
+        the client, and would end every wait at once. The client's failure ends the wait unless it is ``LEFT_OUT`` in
+        the same way.
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
         poller = self._poller or self._open_poller()
         if client_events != self._client_events:
-            if client_events >= 0:
+            if client_events != LEFT_OUT:
                 self._modify(self.client.fd, client_events)
             else:
                 poller.unregister(self.client.fd)
