@@ -61,7 +61,7 @@ _UNREACHABLE = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN
 _RESOURCE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN))
 
 # Most specific first: SSLError, gaierror and TimeoutError are all OSError.
-_CAUSE_BY_TYPE: tuple[tuple[type[BaseException], Cause], ...] = (
+_CAUSE_BY_TYPE: tuple[tuple[type[OSError], Cause], ...] = (
     (ssl.SSLError, Cause.TLS),
     (socket.gaierror, Cause.DNS),
     (ConnectionRefusedError, Cause.REFUSED),
@@ -72,34 +72,28 @@ _CAUSE_BY_TYPE: tuple[tuple[type[BaseException], Cause], ...] = (
     # Our own limits never come as TimeoutError, since no socket has a timeout: this one is the kernel's verdict,
     # ETIMEDOUT.
     (TimeoutError, Cause.DEAD_PEER),
-    (MemoryError, Cause.RESOURCE),
 )
 
 
-def classify(error: BaseException, operation: Operation | None = None) -> Cause:
-    """Find the cause of an error of a socket call, by type and errno, never by its text.
-
-    Returns: the cause; INTERNAL for what no socket call raises.
-    """
+def classify(error: OSError, operation: Operation | None = None) -> Cause:
+    """Returns: the cause of an error of a socket call, by type and errno, never by its text."""
     if isinstance(error, ConnectionRefusedError) and operation not in (None, Operation.CONNECT):
         # On a connection that stood: a router or the peer's firewall says that nobody is there any more.
         return Cause.DEAD_PEER
     for kind, cause in _CAUSE_BY_TYPE:
         if isinstance(error, kind):
             return cause
-    if isinstance(error, OSError):
-        if error.errno in _UNREACHABLE:
-            # On a connection that stood, the kernel reports this when retransmitting has found nobody.
-            return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.DEAD_PEER
-        if error.errno in _RESOURCE:
-            return Cause.RESOURCE
-        if error.errno == errno.ENOTCONN:
-            return Cause.RESET  # a connection that stood a moment ago
-        return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.RESET
-    return Cause.INTERNAL
+    if error.errno in _UNREACHABLE:
+        # On a connection that stood, the kernel reports this when retransmitting has found nobody.
+        return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.DEAD_PEER
+    if error.errno in _RESOURCE:
+        return Cause.RESOURCE
+    if error.errno == errno.ENOTCONN:
+        return Cause.RESET  # a connection that stood a moment ago
+    return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.RESET
 
 
-def tls_error_type(error: BaseException) -> str | None:
+def tls_error_type(error: OSError) -> str | None:
     """Returns: the RFC 9209 type of a TLS error: certificate, alert or protocol; None where it is none of TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return "tls_certificate_error"
@@ -109,7 +103,7 @@ def tls_error_type(error: BaseException) -> str | None:
     return None
 
 
-def refuses_certificate(error: BaseException) -> bool:
+def refuses_certificate(error: OSError) -> bool:
     """Whether the peer says by a TLS alert that it does not accept our certificate, or that we showed none."""
     reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
     return "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason)

@@ -168,7 +168,7 @@ def unacknowledged_bytes(sock: socket.socket) -> int | None:
     Raises: OSError if the socket is closed.
     Source: SIOCOUTQ, tcp(7). The page says "unsent"; the kernel counts what is in flight too.
     """
-    return None if sock.family == socket.AF_UNIX else _output_queue(sock)
+    return None if sock.family == socket.AF_UNIX else _count(sock, _SIOCOUTQ)
 
 
 def unsent_bytes(sock: socket.socket) -> int:
@@ -178,23 +178,12 @@ def unsent_bytes(sock: socket.socket) -> int:
     Returns: bytes; 0 where there is no such count. Raises: OSError if the socket is closed.
     Source: SIOCOUTQNSD, linux/sockios.h.
     """
-    return _count(sock, _SIOCOUTQNSD)
+    return _count(sock, _SIOCOUTQNSD) or 0
 
 
 def unread_bytes(sock: socket.socket) -> int:
     """Count the bytes received and not read yet. Raises: OSError if the socket is closed. Source: FIONREAD, tcp(7)."""
-    return _count(sock, termios.FIONREAD)
-
-
-def _count(sock: socket.socket, request: int) -> int:
-    octets = bytearray(_COUNT.size)
-    try:
-        fcntl.ioctl(sock.fileno(), request, octets)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
-            return 0  # a unix socket, or not Linux
-        raise
-    return int(_COUNT.unpack(octets)[0])
+    return _count(sock, termios.FIONREAD) or 0
 
 
 def acknowledged_progress(sock: socket.socket) -> int | None:
@@ -206,7 +195,7 @@ def acknowledged_progress(sock: socket.socket) -> int | None:
     """
     try:
         if sock.family == socket.AF_UNIX:
-            held = _output_queue(sock)
+            held = _count(sock, _SIOCOUTQ)
             return None if held is None else -held
     except OSError:
         return None  # closed
@@ -214,15 +203,16 @@ def acknowledged_progress(sock: socket.socket) -> int | None:
     return None if info is None else info.bytes_acked
 
 
-def _output_queue(sock: socket.socket) -> int | None:
+def _count(sock: socket.socket, request: int) -> int | None:
+    """Returns: how many bytes stand in a queue of a socket; None where there is no such count. Raises: OSError."""
     fd = sock.fileno()
     if fd < 0:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # for a closed socket ioctl raises ValueError
     try:
-        octets = fcntl.ioctl(fd, _SIOCOUTQ, bytes(_COUNT.size))
+        octets = fcntl.ioctl(fd, request, bytes(_COUNT.size))
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
-            return None  # a listener, or a system without it
+            return None  # a listener, a unix socket, or a system without it
         raise
     count: int = _COUNT.unpack(octets)[0]
     return count
