@@ -504,32 +504,9 @@ class Supervisor:
             raise
         if pid == 0:
             status = 1
-            report_to = None
             try:
                 os.close(write_end)
-                if reports is not None:
-                    os.close(reports[0])
-                    report_to = reports[1]
-                for fd in self.wake:
-                    os.close(fd)
-                for other in self.pipes.values():
-                    os.close(other)  # or a worker would not see the end of the process above
-                signal.set_wakeup_fd(-1)
-                for number in self._SIGNALS:
-                    signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
-                listener = self.listeners[index % len(self.listeners)]
-                try:
-                    worker = WorkerProcess(
-                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end, self.in_flight
-                    )
-                except OSError as error:
-                    if report_to is None:
-                        raise
-                    os.write(report_to, (error.strerror or str(error)).encode("utf-8", "replace"))
-                    return  # by way of finally
-                worker.run(report_to)
-                status = 0
+                status = self._be_worker(index, read_end, reports)
             except BaseException as error:  # noqa: BLE001  # a worker that can't run says why before it is gone
                 self.log.event(
                     "error",
@@ -546,6 +523,33 @@ class Supervisor:
         self.pids[pid] = index
         self.pipes[index] = write_end
         self.started_at[index] = time.monotonic()
+
+    def _be_worker(self, index: int, control_fd: int, reports: tuple[int, int] | None) -> int:
+        """Let go of what is of the process above, and serve. Called in the new process. Returns: its exit status."""
+        report_to = None
+        if reports is not None:
+            reading, report_to = reports
+            os.close(reading)
+        for fd in self.wake:
+            os.close(fd)
+        for other in self.pipes.values():
+            os.close(other)  # or a worker would not see the end of the process above
+        signal.set_wakeup_fd(-1)
+        for number in self._SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
+        listener = self.listeners[index % len(self.listeners)]
+        try:
+            worker = WorkerProcess(
+                index, self.settings, self.log, listener, self.counts, self.contexts, control_fd, self.in_flight
+            )
+        except OSError as error:
+            if report_to is None:
+                raise
+            os.write(report_to, (error.strerror or str(error)).encode("utf-8", "replace"))
+            return 1
+        worker.run(report_to)
+        return 0
 
     def _handle(self, number: int) -> None:
         if number in self._STOP:
