@@ -790,39 +790,17 @@ class Relay:
 
     def _client_ends(self, ready: int, allow_half_close: bool) -> None:
         """The client sends no more while its response is pending, or, under TLS, may be about to say so."""
-        client, request = self.client, self.request
+        client = self.client
         if ready & (select.POLLERR | select.POLLNVAL):
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        tls = client.is_tls
-        ours = not request.framing.complete and self.broken is None  # what comes next belongs to this request
-        if ours or not tls:
-            if not ready & HUNG_UP:
+        hung_up = bool(ready & HUNG_UP)
+        if client.is_tls and (self.request.framing.complete or self.broken is not None):
+            if not self._read_behind_request(hung_up):
                 return
-            if tls and not (allow_half_close or self.tunnel):
-                self._read_off_end()
-        else:
-            if len(self.residue) >= _MAX_RESIDUE and not ready & HUNG_UP:
-                return
-            octets = b"..."
-            while octets:
-                try:
-                    octets = client.read(FIRST_READ, NO_WAIT)
-                except BlockingIOError:
-                    if not ready & HUNG_UP:
-                        return
-                    break
-                except OSError as error:
-                    if self._ends_like_this(error):
-                        break
-                    raise self._abort(client, Operation.READ, error) from error
-                if octets and request.framing.complete:
-                    self.residue += octets
-                elif octets:
-                    # Of a body that upstream does not take: it can't be sent again.
-                    request.read += len(octets)
-                    self.body_reads += 1
-                if octets and not ready & HUNG_UP:
-                    return  # else its end is behind them
+        elif not hung_up:
+            return
+        elif client.is_tls and not (allow_half_close or self.tunnel):
+            self._read_off_end()
         if allow_half_close or self.tunnel:
             if not self.client_fin:
                 self._add_event("client", "fin")
@@ -833,6 +811,35 @@ class Relay:
             )
             return
         raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
+
+    def _read_behind_request(self, hung_up: bool) -> bool:
+        """Under TLS, read what the client sends where no more of its request is wanted: one portion, while there is
+        room for it, or all there is if it has ``hung_up``, as its end is behind that.
+
+        Returns: whether it has come to its end. Raises: Abort.
+        """
+        request = self.request
+        if not hung_up and len(self.residue) >= _MAX_RESIDUE:
+            return False
+        while True:
+            try:
+                octets = self.client.read(FIRST_READ, NO_WAIT)
+            except BlockingIOError:
+                return hung_up
+            except OSError as error:
+                if self._ends_like_this(error):
+                    return True
+                raise self._abort(self.client, Operation.READ, error) from error
+            if not octets:
+                return True
+            if request.framing.complete:
+                self.residue += octets
+            else:
+                # Of a body that upstream does not take: it can't be sent again.
+                request.read += len(octets)
+                self.body_reads += 1
+            if not hung_up:
+                return False
 
     def _read_off_end(self) -> None:
         """Under TLS, find out how a client ended that has left in the middle of its request: what it sent before is
