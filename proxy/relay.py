@@ -115,7 +115,7 @@ class Flow:
         self.source: AnyEndpoint | None = None
         self.sink: AnyEndpoint | None = None
         self.framing = framing
-        self.octets: bytes | bytearray = b""  # on the way: [start:end]
+        self.octets: Octets = b""  # on the way: [start:end]
         self.start = 0
         self.end = 0
         self.pending = False  # whether there are any, in octets or in the pipe
@@ -131,7 +131,7 @@ class Flow:
         self.read = 0  # octets of this request, head and framing included, that crossed the source's socket
         self.written = 0  # and the sink's
         self.content_before = 0  # content relayed by an earlier framing of this flow (before a tunnel)
-        self.finished = False  # the message has ended and all of it was written
+        self.finished = False  # the message has ended (framing.complete) and all of it was written
         self.tail: bytes | None = None  # the last octets read, where somebody wants to know
         self.last_read_at: float | None = None
         self.last_written_at: float | None = None
@@ -461,7 +461,7 @@ class Relay:
             if request.pending:
                 if self.broken is None:
                     upstream_events = upstream.write_event
-            elif not request.finished and self.broken is None and not request.framing.complete:
+            elif self.broken is None and not request.framing.complete:
                 client_events = max(client_events, 0) | client.read_event
                 if client.has_unread:
                     due_at = 0.0
@@ -734,7 +734,7 @@ class Relay:
 
     # -- client to upstream ------------------------------------------------------------------------
 
-    def _take_request_octets(self, octets: bytes | bytearray, count: int, head_size: int = 0) -> None:
+    def _take_request_octets(self, octets: Octets, count: int, head_size: int = 0) -> None:
         """Feed the ``count`` octets that the client sent, and put what belongs to this request on the way.
 
         ``head_size`` octets of head are there already.
@@ -781,7 +781,7 @@ class Relay:
         request, client = self.request, self.client
         if ready & select.POLLERR and not ready & READABLE:
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        wanted = not request.pending and not request.framing.complete and self.broken is None and not request.finished
+        wanted = not request.pending and not request.framing.complete and self.broken is None
         if wanted and (ready & (client.read_event | HUNG_UP) or client.has_unread):
             self._pump_request(now)
             return
@@ -858,7 +858,7 @@ class Relay:
         if request.framing.opaque() >= _SPLICE_MIN and self._can_splice(request):
             self._splice(request, now)
             return
-        octets: bytes | bytearray
+        octets: Octets
         try:
             if request.bulk:
                 octets, view = request.bulk_buffer()
@@ -878,7 +878,7 @@ class Relay:
             raise abort from abort.original
         self._take_from_client(octets, count, now)
 
-    def _take_from_client(self, octets: bytes | bytearray, count: int, now: float) -> None:
+    def _take_from_client(self, octets: Octets, count: int, now: float) -> None:
         """Take ``count`` octets that were read from the client; none are its end."""
         request = self.request
         if not count:
@@ -933,7 +933,8 @@ class Relay:
                 self.sent_at = self.awaited_from = time.monotonic()
                 if self.upstream_head_watch is not None:
                     self.upstream_head_watch.wait(self.sent_at)
-            elif self.upstream is not None:
+            else:
+                assert self.upstream is not None
                 self.upstream.end_write()
                 self.ended_at = time.monotonic()
         except BlockingIOError:
@@ -962,7 +963,7 @@ class Relay:
         if response.framing.opaque() >= _SPLICE_MIN and self._can_splice(response):
             self._splice(response, now)
             return
-        octets: bytes | bytearray
+        octets: Octets
         try:
             if response.bulk:
                 octets, view = response.bulk_buffer()
@@ -1037,7 +1038,7 @@ class Relay:
         ):
             raise broken from broken.original
 
-    def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
+    def _take_from_upstream(self, octets: Octets, count: int, now: float) -> None:
         """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
         response = self.response
         if not count:
