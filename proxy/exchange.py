@@ -7,7 +7,6 @@ Whatever goes wrong with a request is an ``Abort`` and ends in ``Record.__exit__
 one place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
 """
 
-import dataclasses
 import itertools
 import os
 import select
@@ -104,79 +103,42 @@ Ending = typing.Literal[
 _UNTIL_SETTLED: Ending = "close"
 
 
-@dataclasses.dataclass(slots=True)
 class Worker:
-    """What the connections of one worker process share."""
+    """What the connections of one worker process share. Made in the process that serves them."""
 
-    settings: Settings
-    log: EventLog
-    tally: Tally
-    control: Control
-    pool: AnyPool
-    server_tls: ssl.SSLContext | None
-    pipes: PipeStore
-    slots: SlotStore
-    bounds: dict[str, Bound]  # bounds by the names that MalformedMessage uses
-    pid: int
-    ids: "itertools.count[int]"
-    id_prefix: str
-    # What each connection would otherwise have to work out for itself.
-    sections: SectionMemory
-    context: ForwardingContext | None
-    proxy_name: bytes
-    upstream_host: bytes
-    client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
-    patient_from: int  # for which request a connection first waits in the read: the first one may be there already
-    may_skip_relay: bool  # whether an exchange without a relay is over before any limit could run out
-    watches_pulse: bool  # whether peers can vanish, and are watched for it
-    pulse_every_s: float  # how often they are looked at
-
-    def context_of(self, address: str) -> ForwardingContext:
-        """Returns: what the proxy says of a client with that address to upstream, from memory for the last address."""
-        client_address = address.encode("ascii")
-        context = self.context
-        if context is None or context.client_address != client_address:
-            self.context = context = ForwardingContext(
-                proxy_name=self.proxy_name,
-                client_address=client_address,
-                scheme=b"http" if self.server_tls is None else b"https",
-                upstream_host=self.upstream_host,
-            )
-        return context
-
-    def next_id(self) -> str:
-        """Returns: an id no other connection or request has, in this worker or another."""
-        return f"{self.id_prefix}{next(self.ids):08x}"
-
-
-def make_worker(
-    settings: Settings,
-    log: EventLog,
-    tally: Tally,
-    control: Control,
-    pool: AnyPool,
-    server_tls: ssl.SSLContext | None,
-    slots: SlotStore,
-) -> Worker:
-    """Put together what connections share. Call it in the process that serves them."""
-    return Worker(
-        settings=settings,
-        log=log,
-        tally=tally,
-        control=control,
-        pool=pool,
-        server_tls=server_tls,
-        pipes=PipeStore(),
-        slots=slots,
-        bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", MAX_FIELDS, "default")},
-        pid=os.getpid(),
-        ids=itertools.count(1),
-        id_prefix=os.urandom(6).hex(),
-        sections=SectionMemory(),
-        context=None,
-        proxy_name=settings.proxy_name.encode("ascii"),
-        upstream_host=upstream_host(settings.upstream).encode("ascii"),
-        client_limits=any(
+    def __init__(
+        self,
+        settings: Settings,
+        log: EventLog,
+        tally: Tally,
+        control: Control,
+        pool: AnyPool,
+        server_tls: ssl.SSLContext | None,
+        slots: SlotStore,
+    ) -> None:
+        self.settings = settings
+        self.log = log
+        self.tally = tally
+        self.control = control
+        self.pool = pool
+        self.server_tls = server_tls
+        self.slots = slots
+        self.pipes = PipeStore()
+        # Bounds by the names that MalformedMessage uses.
+        self.bounds = {
+            "max_head_size": settings.max_head_size,
+            "max_fields": Bound("max_fields", MAX_FIELDS, "default"),
+        }
+        self.pid = os.getpid()
+        self._ids = itertools.count(1)
+        self._id_prefix = os.urandom(6).hex()
+        # From here on, what each connection would otherwise have to work out for itself.
+        self.sections = SectionMemory()
+        self._context: ForwardingContext | None = None
+        self._proxy_name = settings.proxy_name.encode("ascii")
+        self._upstream_host = upstream_host(settings.upstream).encode("ascii")
+        # Whether any limit on the client's socket is set beyond those on the head.
+        self.client_limits = any(
             limit is not None
             for limit in (
                 settings.client_read_timeout,
@@ -184,9 +146,11 @@ def make_worker(
                 settings.client_write_timeout,
                 settings.client_write_deadline,
             )
-        ),
-        patient_from=1 if settings.defers_accept else 0,
-        may_skip_relay=all(
+        )
+        # For which request a connection first waits in the read: the first one may be there already.
+        self.patient_from = 1 if settings.defers_accept else 0
+        # Whether an exchange without a relay is over before any limit could run out.
+        self.may_skip_relay = all(
             limit is None or limit.seconds >= _AT_ONCE_S
             for limit in (
                 settings.client_write_timeout,
@@ -197,10 +161,27 @@ def make_worker(
                 settings.upstream_read_timeout,
                 settings.upstream_read_deadline,
             )
-        ),
-        watches_pulse=settings.peer_dead_timeout is not None and not isinstance(settings.listen, UnixAddress),
-        pulse_every_s=pulse_interval(settings.peer_dead_timeout),
-    )
+        )
+        # Whether clients can vanish, and are watched for it; how often both peers are looked at.
+        self.watches_pulse = settings.peer_dead_timeout is not None and not isinstance(settings.listen, UnixAddress)
+        self.pulse_every_s = pulse_interval(settings.peer_dead_timeout)
+
+    def context_of(self, address: str) -> ForwardingContext:
+        """Returns: what the proxy says of a client with that address to upstream, from memory for the last address."""
+        client_address = address.encode("ascii")
+        context = self._context
+        if context is None or context.client_address != client_address:
+            self._context = context = ForwardingContext(
+                proxy_name=self._proxy_name,
+                client_address=client_address,
+                scheme=b"http" if self.server_tls is None else b"https",
+                upstream_host=self._upstream_host,
+            )
+        return context
+
+    def next_id(self) -> str:
+        """Returns: an id no other connection or request has, in this worker or another."""
+        return f"{self._id_prefix}{next(self._ids):08x}"
 
 
 class ClientConnection:

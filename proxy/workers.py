@@ -20,7 +20,7 @@ import traceback
 import typing
 
 from .config import ConfigError, Settings, TcpAddress, UnixAddress
-from .exchange import Worker, make_worker
+from .exchange import Worker
 from .inflight import InFlightTable
 from .kernel import pin_to_core, prepare_listener, raise_file_limit, run_as_batch
 from .log import EventLog
@@ -213,7 +213,7 @@ class WorkerProcess:
         self.tally = Tally(counts.cells(index))
         # At once, as this process may be killed; the one above counts its own lines itself.
         log.on_loss = functools.partial(self.tally.add, LOST_LINES)
-        self.worker: Worker = make_worker(
+        self.worker = Worker(
             settings,
             log,
             self.tally,

@@ -33,7 +33,7 @@ from conftest import Certificates
 from harness import TERMINAL, LogRecord, ProxyProcess, check_record, wait_until
 from peers import Upstream, Wire, chunk, connect, ok
 from proxy.config import load_settings
-from proxy.exchange import ClientConnection, make_worker
+from proxy.exchange import ClientConnection, Worker
 from proxy.framing import ChunkedFraming
 from proxy.grammar import MalformedMessage
 from proxy.inflight import InFlightTable
@@ -632,7 +632,7 @@ def _served_here(log: EventLog, *options: str) -> collections.abc.Iterator[tuple
         tally = Tally(memoryview(bytearray(8 * len(Tally.NAMES))).cast("Q"))
         pool = upstream_pool(settings, None)
         stack.callback(pool.close)
-        worker = make_worker(settings, log, tally, Control(reading), pool, None, InFlightTable(1, 1).slots(0))
+        worker = Worker(settings, log, tally, Control(reading), pool, None, InFlightTable(1, 1).slots(0))
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         wire = connect(listener.getsockname())
         connection = ClientConnection(worker, listener.accept()[0], "127.0.0.1:1", "127.0.0.1", overflow=False)

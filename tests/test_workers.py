@@ -338,13 +338,13 @@ def test_a_worker_that_cannot_serve_ends_the_start(tmp_path: pathlib.Path) -> No
     """Nobody is told of a start, and the workers that could serve end with the others."""
     code = (
         "import errno, os, sys, proxy.cli, proxy.workers\n"
-        "make = proxy.workers.make_worker\n"
+        "make = proxy.workers.Worker\n"
         "def fail_second(settings, log, tally, *rest):\n"
         "    if os.path.exists(sys.argv[1]):\n"
         "        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))\n"
         "    open(sys.argv[1], 'w').close()\n"
         "    return make(settings, log, tally, *rest)\n"
-        "proxy.workers.make_worker = fail_second\n"
+        "proxy.workers.Worker = fail_second\n"
         "sys.exit(proxy.cli.main(['--workers', '2', '--listen', '127.0.0.1:0', '--upstream', 'http://127.0.0.1:9']))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "one")]
