@@ -281,15 +281,35 @@ class ProxyProcess:
             time.sleep(0.05)
 
     def _count_connections(self) -> int:
+        return sum(summary["connections"] for summary in self.ask_in_flight()[1])
+
+    def ask_in_flight(self) -> tuple[list[LogRecord], list[LogRecord]]:
+        """Send SIGUSR2. Returns: what the workers say of each request in flight, and the summary of each."""
         workers = len(self.worker_pids())
         before = len(self.records())
 
-        def summaries() -> list[LogRecord]:
-            return [record for record in self.records()[before:] if record["event"] == "server.inflight"]
+        def said(event: str) -> list[LogRecord]:
+            return [record for record in self.records()[before:] if record["event"] == event]
 
         self.send_signal(signal.SIGUSR2)
-        wait_until(lambda: len(summaries()) == workers, what="a summary of each worker")
-        return sum(record["connections"] for record in summaries())
+        wait_until(lambda: len(said("server.inflight")) == workers, what="a summary of each worker")
+        return said("request.inflight"), said("server.inflight")
+
+    def wait_in_flight(
+        self, fits: collections.abc.Callable[[LogRecord], object] = lambda record: True, timeout: float = 5.0
+    ) -> LogRecord:
+        """Wait until a request in flight fits: what a worker has read or written shows in its counts.
+
+        Returns: what was said of it. Raises: AssertionError, with what was said last.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            requests, _ = self.ask_in_flight()
+            for request in requests:
+                if fits(request):
+                    return request
+            assert time.monotonic() < until, f"no such request in flight within {timeout} s: {requests}"
+            time.sleep(0.003)
 
     def _tail(self) -> str:
         return "\n".join(json.dumps(record) for record in self.records()[-12:] if record["event"] != "server.start")

@@ -478,19 +478,13 @@ def test_an_upstream_that_had_sent_all_was_not_still_sending_to_a_client_that_ta
 
 def test_an_upstream_that_had_sent_all_was_not_still_sending_to_a_client_that_resets_it() -> None:
     answer = ok(b"x" * 250_000)
-
-    def has_all() -> bool:
-        proxy.send_signal(signal.SIGUSR2)
-        shown = [record for record in proxy.records() if record["event"] == "request.inflight"]
-        return bool(shown) and shown[-1]["bytes"]["upstream_read"] == len(answer)
-
     with (
         Upstream(answer_all(answer)) as upstream,
         ProxyProcess(upstream.url) as proxy,
         connect(proxy.address, receive_buffer=4096) as wire,
     ):
         wire.send(_get())
-        wait_until(has_all, what="the whole answer is in the proxy")
+        proxy.wait_in_flight(lambda request: request["bytes"]["upstream_read"] == len(answer))
         wire.reset()
         record = _last_record(proxy)
         assert _blame(record) == ("request.abort", "client", "response_body", "reset")

@@ -9,11 +9,11 @@ import socket
 import ssl
 import struct
 import threading
-import time
 
 import pytest
 
 from conftest import Certificates
+from harness import wait_until
 from proxy import endpoint
 from proxy.endpoint import NO_WAIT, TlsEndpoint
 from proxy.framing import ConnectionFraming
@@ -61,23 +61,25 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def await_unread(ours: TlsEndpoint, count: int) -> None:
+    """Wait until ``count`` octets of ciphertext have come."""
+    wait_until(lambda: unread_bytes(ours.sock) == count)
+
+
 def read_when_ready(ours: TlsEndpoint, view: memoryview) -> int:
     wait(ours.sock, select.POLLIN)
     return ours.read_into(view, 0, NO_WAIT)
 
 
 def test_one_read_takes_all_that_the_socket_has(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_CIPHERTEXT_READ", 3 * (RECORD + OVERHEAD))
-    sent = bytes(range(256)) * 64 * 10
+    monkeypatch.setattr(endpoint, "_CIPHERTEXT_READ", RECORD + OVERHEAD)
+    sent = bytes(range(256)) * 64 * 3
     with pair(certificates) as (ours, peer):
         peer.sendall(sent)
+        await_unread(ours, 3 * (RECORD + OVERHEAD))
         view = memoryview(bytearray(2 * len(sent)))
-        have = 0
-        reads = 0
-        while have < len(sent):
-            have += read_when_ready(ours, view[have:])
-            reads += 1
-        assert bytes(view[:have]) == sent
+        assert read_when_ready(ours, view) == len(sent)
+        assert bytes(view[: len(sent)]) == sent
         assert not ours.has_unread
         with pytest.raises(BlockingIOError):
             ours.read_into(view, 0, NO_WAIT)
@@ -103,9 +105,7 @@ def test_a_reset_behind_octets_is_met_once_they_are_taken(
     with pair(certificates) as (ours, peer):
         for _ in range(reads):
             peer.send(b"a" * (size - OVERHEAD))
-        until = time.monotonic() + 10
-        while unread_bytes(ours.sock) != reads * size:  # what its kernel has not sent, a reset drops
-            assert time.monotonic() < until
+        await_unread(ours, reads * size)  # what its kernel has not sent, a reset drops
         reset(peer)
         view = memoryview(bytearray(64 * 1024))
         assert read_when_ready(ours, view) == reads * (size - OVERHEAD)

@@ -4,12 +4,11 @@ a TLS record.
 
 import collections.abc
 import contextlib
-import signal
 
 import pytest
 
 from conftest import Certificates
-from harness import LogRecord, ProxyProcess, check_record, wait_until
+from harness import LogRecord, ProxyProcess, check_record
 from peers import TlsWire, Upstream, Wire, answer_at_once, connect, ok
 
 _SIZE = 6_000_000  # more than all sockets on the way take
@@ -31,13 +30,8 @@ def half_an_interim_head(
         connect(proxy.address, receive_buffer=20_000) as wire,
     ):
         wire.send(b"%b / HTTP/1.1\r\nHost: t\r\n%b\r\n" % (method, fields))
-
-        def has_all() -> bool:
-            proxy.send_signal(signal.SIGUSR2)
-            shown = [record for record in proxy.records() if record["event"] == "request.inflight"]
-            return bool(shown) and shown[-1]["bytes"]["upstream_read"] >= len(_INTERIM + final) - len(b"abc")
-
-        wait_until(has_all, 10)
+        least = len(_INTERIM + final) - len(b"abc")
+        proxy.wait_in_flight(lambda request: request["bytes"]["upstream_read"] >= least, 10)
         yield proxy, wire
 
 

@@ -4,7 +4,6 @@ Worker processes are killed from outside at every stage of a request; what the r
 peers sent and got.
 """
 
-import collections.abc
 import fcntl
 import json
 import os
@@ -239,7 +238,7 @@ def test_a_response_whose_last_octets_wait_for_the_client(size: int) -> None:
     ):
         wire.send(_HEAD)
         wire.read_head()
-        while not _in_flight_says(proxy, lambda record: record["bytes"]["response_body"] == size):
+        while [request["bytes"]["response_body"] for request in proxy.ask_in_flight()[0]] != [size]:
             wire.read(65536)
         record = killed(proxy)
         assert (record["phase"], record["status"]) == ("response_body", 200)
@@ -411,14 +410,6 @@ def test_a_worker_that_is_stuck_when_its_time_is_up() -> None:
         assert proxy.records()[-1]["balanced"] is True
 
 
-def _in_flight_says(proxy: ProxyProcess, what: collections.abc.Callable[[LogRecord], bool]) -> bool:
-    before = sum(record["event"] == "server.inflight" for record in proxy.records())
-    proxy.send_signal(signal.SIGUSR2)
-    wait_until(lambda: sum(record["event"] == "server.inflight" for record in proxy.records()) > before)
-    shown = [record for record in proxy.records() if record["event"] == "request.inflight"]
-    return bool(shown) and what(shown[-1])
-
-
 def _waits_in(pipe: int) -> int:
     """Returns: the octets in a pipe."""
     (count,) = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))
@@ -443,13 +434,7 @@ def _await_in_flight(proxy: ProxyProcess) -> LogRecord:
 
     Returns: what SIGUSR2 says of it.
     """
-
-    def ask() -> list[LogRecord]:
-        proxy.send_signal(signal.SIGUSR2)
-        return [record for record in proxy.records() if record["event"] == "request.inflight"]
-
-    wait_until(lambda: any(record["duration_s"] > 0.05 for record in ask()))
-    return ask()[-1]
+    return proxy.wait_in_flight(lambda request: request["duration_s"] > 0.05)
 
 
 def _await_standstill(proxy: ProxyProcess) -> None:

@@ -7,7 +7,6 @@ import collections.abc
 import contextlib
 import dataclasses
 import pathlib
-import signal
 import time
 
 import pytest
@@ -174,22 +173,12 @@ def test_a_client_that_vanishes_while_upstream_is_connected(network: netns.Netwo
         with netns.inside(network.there):
             wire = stack.enter_context(peers.connect(proxy.address))
         wire.get()
-        _await_inflight(proxy)
+        proxy.wait_in_flight()
         network.drop()
         record = proxy.wait_requests(1, FOUND_S + 2.0)[0]
         harness.check_record(record)
         assert _words(record) == ("request.abort", "client", "connect", "dead_peer")
         _check_dead(record, "client")
-
-
-def _await_inflight(proxy: harness.ProxyProcess) -> None:
-    """Wait until a request has begun for the proxy."""
-
-    def is_running() -> bool:
-        proxy.send_signal(signal.SIGUSR2)
-        return any(record["event"] == "request.inflight" for record in proxy.records())
-
-    harness.wait_until(is_running)
 
 
 def test_an_upstream_that_vanishes_in_the_handshake(network: netns.Network, certificates: Certificates) -> None:

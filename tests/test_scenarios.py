@@ -1205,12 +1205,7 @@ def test_shutdown_ends_what_is_left_in_any_phase(phase: str, sent: bytes, upstre
         elif upstream_does is not None:
             upstream.await_head()
         else:
-
-            def is_running() -> bool:
-                proxy.send_signal(signal.SIGUSR2)
-                return any(record["event"] == "request.inflight" for record in proxy.records())
-
-            harness.wait_until(is_running)
+            proxy.wait_in_flight()
         proxy.send_signal(signal.SIGTERM)
         wire.await_end()
         proxy.await_stop()

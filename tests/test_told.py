@@ -4,12 +4,11 @@ the client's own request id.
 
 import collections.abc
 import json
-import signal
 
 import pytest
 
 from conftest import Certificates
-from harness import ProxyProcess, check_record, wait_until
+from harness import ProxyProcess, check_record
 from peers import Upstream, Wire, connect, silent
 
 _LINE = b"%b /abc?token=hush HTTP/1.1\r\n"
@@ -143,13 +142,7 @@ def test_a_head_in_parts_says_early_who_it_is() -> None:
     """SIGUSR2 shows it while the rest is awaited."""
     with Upstream(silent) as upstream, ProxyProcess(upstream.url) as proxy, connect(proxy.address) as wire:
         wire.send(_LINE % b"GET" + b"Host: x\r\n")
-
-        def shown() -> bool:
-            proxy.send_signal(signal.SIGUSR2)
-            asked = [record for record in proxy.records() if record["event"] == "request.inflight"]
-            return any((record["method"], record["target"]) == ("GET", "/abc?token=***") for record in asked)
-
-        wait_until(shown)
+        proxy.wait_in_flight(lambda request: (request["method"], request["target"]) == ("GET", "/abc?token=***"))
 
 
 @pytest.mark.parametrize("where", ["head", "body", "chunked body"])

@@ -67,6 +67,15 @@ def begin(proxy: ProxyProcess, target: str) -> Wire:
     return wire
 
 
+def refuses(address: peers.Address) -> bool:
+    """Whether nobody listens there any more."""
+    try:
+        with connect(address):
+            return False
+    except ConnectionError:
+        return True
+
+
 def only(proxy: ProxyProcess) -> LogRecord:
     """Returns: the one terminal record, checked."""
     (record,) = proxy.requests()
@@ -84,15 +93,7 @@ def test_a_transfer_in_flight_is_completed(
             pids = proxy.pids()
             proxy.send_signal(number)
             proxy.wait_for(lambda record: record["event"] == "server.drain")
-
-            def refused() -> bool:
-                try:
-                    with connect(proxy.address):
-                        return False
-                except ConnectionError:
-                    return True
-
-            wait_until(refused)
+            wait_until(lambda: refuses(proxy.address))
             gate.open.set()
             assert wire.read_to_end() == chunk(b"end") + b"0\r\n\r\n"
             assert wire.end == "fin"  # it ends, though nothing else was announced
@@ -123,7 +124,7 @@ def test_delivery_is_awaited_in_the_drain_too() -> None:
         with connect(proxy.address, receive_buffer=4096) as wire:
             wire.get()
             wire.read_head()
-            time.sleep(0.2)  # until the proxy has written all of it into its socket, which shows nowhere
+            proxy.wait_in_flight(lambda request: request["bytes"]["response_body"] == len(body))
             proxy.send_signal(signal.SIGTERM)
             proxy.wait_for(lambda record: record["event"] == "server.drain")
             time.sleep(0.3)
@@ -168,7 +169,7 @@ def test_a_half_head_is_recorded_when_the_drain_ends(upstream: Upstream) -> None
     with ProxyProcess(upstream.url, "--drain-timeout", "0.3") as proxy:
         with connect(proxy.address) as wire:
             wire.send(b"GET /ha")
-            time.sleep(0.1)  # until the proxy's process has read it, which shows nowhere
+            proxy.wait_in_flight()
             proxy.send_signal(signal.SIGTERM)
             assert b"503" in wire.read_to_end()
         proxy.await_stop(3)
@@ -379,15 +380,7 @@ def test_without_the_process_above_workers_drain(gate: Gate, upstream: Upstream)
         with begin(proxy, "/slow") as wire:
             proxy.process.kill()
             proxy.process.wait(5)
-
-            def refused() -> bool:
-                try:
-                    with connect(proxy.address):
-                        return False
-                except ConnectionError:
-                    return True
-
-            wait_until(refused)
+            wait_until(lambda: refuses(proxy.address))
             gate.open.set()
             assert wire.read_to_end().endswith(b"0\r\n\r\n")
         wait_until(lambda: not any(_runs(pid) for pid in workers))
@@ -410,17 +403,10 @@ def test_sigusr2_shows_what_is_in_flight(gate: Gate, upstream: Upstream) -> None
             with connect(proxy.address) as half:
                 half.send(b"GET /ha")
                 proxy.wait_connections(4)
-                before = len(proxy.records())
-                proxy.send_signal(signal.SIGUSR2)
-                wait_until(
-                    lambda: sum(record["event"] == "server.inflight" for record in proxy.records()[before:]) == 2,
-                    what="two summaries",
-                )
-            records = proxy.records()[before:]
-            shown = [record for record in records if record["event"] == "request.inflight"]
+                shown, summaries = proxy.ask_in_flight()
             assert len(shown) == 3
-            assert sum(r["requests"] for r in records if r["event"] == "server.inflight") == 3
-            assert sum(r["connections"] for r in records if r["event"] == "server.inflight") == 4
+            assert sum(summary["requests"] for summary in summaries) == 3
+            assert sum(summary["connections"] for summary in summaries) == 4
             assert {r["target"] for r in shown} == {"/slow?token=***", "/slow", None}
             assert all(r["bytes"]["upstream_written"] > 0 for r in shown if r["target"])
             gate.open.set()
@@ -610,15 +596,7 @@ def test_a_successor_keeps_its_unix_socket(upstream: Upstream, tmp_path: pathlib
     with ProxyProcess(upstream.url, "--drain-timeout", "10", listen=f"unix:{path}") as first:
         with begin(first, "/never"):
             first.send_signal(signal.SIGTERM)
-
-            def refused() -> bool:
-                try:
-                    with connect(str(path)):
-                        return False
-                except ConnectionError:
-                    return True
-
-            wait_until(refused)
+            wait_until(lambda: refuses(str(path)))
             with ProxyProcess(upstream.url, listen=f"unix:{path}") as second:
                 first.send_signal(signal.SIGTERM)
                 first.await_stop(5)
