@@ -1,8 +1,8 @@
 """What an abort is, which cause an error of the operating system has, and what the client is told.
 
-``Abort`` is raised where the fact is known and carried unchanged to the one place that answers, logs and closes. The
-table ``ANSWERS`` decides status and RFC 9209 error type; where the response head is already out, only the type is
-used.
+``Abort`` is raised where the fact is known and carried to the one place that answers, logs and closes; nothing is
+changed on the way but what only somebody further up can tell (how long a dead peer had been silent). The table
+``ANSWERS`` decides status and RFC 9209 error type; where the response head is already out, only the type is used.
 """
 
 import errno
@@ -18,9 +18,9 @@ from .vocabulary import Cause, Operation, Phase, Side
 class Abort(Exception):
     """The end of a request before its response was whole: whose doing, in which phase, doing what, why.
 
-    ``limit`` and ``elapsed_s`` are set for the proxy's own limits. ``status`` and ``error_type`` replace what the
-    table says where the fact is finer than the table. ``detail`` is a clause for the message. ``reject`` says that
-    the proxy refused on the request head alone.
+    ``limit`` is the option behind it, and ``elapsed_s`` how long it had run, where there is one. ``status`` and
+    ``error_type`` replace what the table says where the fact is finer than the table. ``detail`` is a clause for the
+    message. ``reject`` says that the proxy refused on the request head alone.
     """
 
     def __init__(

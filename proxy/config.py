@@ -897,7 +897,7 @@ def _check_together(settings: Settings) -> None:
             )
 
 
-def _is_itself(listen: "TcpAddress | UnixAddress", upstream: UpstreamUrl) -> bool:
+def _is_itself(listen: TcpAddress | UnixAddress, upstream: UpstreamUrl) -> bool:
     """Whether each request would come back, and go round until its fields are too many."""
     if isinstance(listen, UnixAddress):
         return upstream.scheme == "unix" and os.path.realpath(listen.path) == os.path.realpath(upstream.path)

@@ -170,7 +170,7 @@ class ResponseHead:
 def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     """Parse a whole request head, from the request line to the empty line.
 
-    Raises: MalformedMessage with the status to answer: 400, 405 never (that is policy), 431, 501, 505.
+    Raises: MalformedMessage with the status to answer: 400, 431, 501, 505.
     """
     if octets == memory.head_octets and memory.request is not None:
         return memory.request

@@ -29,8 +29,8 @@ def structured_string(text: str) -> str:
     """Returns: ``text`` as an sf-string of RFC 8941, cut to 512 characters; what is not printable ASCII becomes
     ``?``.
     """
-    printable = "".join(c if " " <= c <= "~" else "?" for c in text[:512])
-    return '"' + printable.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    visible = "".join(c if " " <= c <= "~" else "?" for c in text[:512])
+    return '"' + visible.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def error_response(

@@ -5,6 +5,7 @@ Decides which thread serves a connection and how many there may be. What happens
 ``exchange``.
 """
 
+import collections.abc
 import errno
 import http.server
 import os
@@ -51,7 +52,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     threads is on the way of a request; whoever takes the last waiting place starts another thread first.
     """
 
-    def __init__(self, worker: Worker, listener: socket.socket, all_connections: "typing.Callable[[], int]") -> None:
+    def __init__(
+        self, worker: Worker, listener: socket.socket, all_connections: collections.abc.Callable[[], int]
+    ) -> None:
         """Take over ``listener``, which listens already. ``all_connections`` counts the client connections of all
         workers.
         """

@@ -99,7 +99,7 @@ class Waiter:
         self.pulse_every_s = pulse_every_s
         self.next_pulse_at = time.monotonic() + pulse_every_s
 
-    def _open_poller(self) -> "select.poll":
+    def _open_poller(self) -> select.poll:
         self._poller = poller = select.poll()
         self._poll = poller.poll
         self._modify = poller.register  # adds or changes
