@@ -577,7 +577,7 @@ class ClientConnection:
         self.waiter.next_pulse_at = record.first_at + self.waiter.pulse_every_s
         body, self._residue = self._residue, b""
         request_id = record.request_id.encode("ascii")
-        octets = serialize_request(head, prepared, request_id)
+        head_octets = serialize_request(head, prepared, request_id)
         record.phase = Phase.CONNECT
         pool = worker.pool  # a reload may put another in its place meanwhile
         self.lease = connection = pool.lease()
@@ -591,13 +591,13 @@ class ClientConnection:
         ):
             record.upstream = upstream.name
             record.connected_at = time.monotonic()
-            begun = self._exchange_at_once(record, head, prepared, request_id, octets, body, connection)
+            begun = self._exchange_at_once(record, head, prepared, request_id, head_octets, body, connection)
             if record.outcome is not None:  # all of it is done
                 pool.release(connection)
                 self.lease = None
                 return
             record.phase = Phase.RESPONSE_HEAD
-        self._relay(record, head, prepared, request_id, octets, body, connection, pool, begun)
+        self._relay(record, head, prepared, request_id, head_octets, body, connection, pool, begun)
 
     def _exchange_at_once(
         self,
@@ -605,7 +605,7 @@ class ClientConnection:
         head: RequestHead,
         prepared: PreparedRequest,
         request_id: bytes,
-        octets: bytes,
+        head_octets: bytes,
         body: bytes,
         connection: AnyConnection,
     ) -> Begun | None:
@@ -618,7 +618,7 @@ class ClientConnection:
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
-        request = octets + body
+        request = head_octets + body
         size = len(request)
         content = record.body_read = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
@@ -698,7 +698,7 @@ class ClientConnection:
         head: RequestHead,
         prepared: PreparedRequest,
         request_id: bytes,
-        octets: bytes,
+        head_octets: bytes,
         body: bytes,
         connection: AnyConnection,
         pool: AnyPool,
@@ -706,7 +706,7 @@ class ClientConnection:
     ) -> None:
         """Relay over a leased connection; once more over a fresh one where the first had gone stale.
 
-        ``octets`` are the head for upstream, ``body`` is what has come behind the client's, ``begun`` what was done
+        ``head_octets`` are for upstream, ``body`` is what has come behind the client's, ``begun`` what was done
         with both over this connection. Raises: Abort.
         """
         waiter = self.waiter
@@ -747,7 +747,7 @@ class ClientConnection:
             if now is None:
                 record.connected_at = now = time.monotonic()
             try:
-                relay.attach(upstream, connection.memory, octets, body, now)
+                relay.attach(upstream, connection.memory, head_octets, body, now)
                 behind = len(relay.residue)
                 request = relay.request
                 content = request.framing.content

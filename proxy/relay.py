@@ -278,7 +278,7 @@ class Relay:
         bounds: dict[str, Bound],
         waiter: Waiter,
         pipes: PipeStore,
-        request: RequestHead,
+        head: RequestHead,
         prepared: PreparedRequest,
         framing: Framing,
         request_id: bytes,
@@ -288,7 +288,7 @@ class Relay:
         self.bounds = bounds
         self.waiter = waiter
         self.pipes = pipes
-        self.request_head = request
+        self.request_head = head
         self.prepared = prepared
         self.request_id = request_id
         self.proxy_name = proxy_name

@@ -61,7 +61,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = _Listener(listener)
-        self.server_address = self.socket.getsockname()
         self.worker = worker
         self.is_unix = self.socket.family == socket.AF_UNIX
         self._all_connections = all_connections
@@ -106,7 +105,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """What each thread does: accept a connection, serve it to its end, and again."""
         while True:
             try:
-                request, address = self.get_request()
+                sock, address = self.get_request()
             except OSError as error:
                 if self._stopped or error.errno == errno.EINVAL:
                     break  # the listener was shut: by this worker, or by another one that shares it
@@ -123,7 +122,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 is_last = self._idle == 0 and not self._stopped
             if is_last:
                 self._start_thread()
-            self.process_request(request, address)
+            self.process_request(sock, address)
             with self._lock:
                 if self._stopped or self._idle >= _MAX_IDLE_THREADS:
                     self._threads -= 1
@@ -152,7 +151,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             else:
                 self._turn_away(request, client_address)
         except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
-            self.handle_error(request, client_address, error)
+            self._log_bug(request, client_address, error, None)
         finally:
             if not overflow:
                 tally.add(CONNECTIONS, -1)
@@ -160,24 +159,19 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _name(self, address: typing.Any) -> tuple[str, str]:
         """Returns: the client's name for the log, and its address for X-Forwarded-For."""
         if self.is_unix:
-            path = (
-                self.server_address
-                if isinstance(self.server_address, str)
-                else os.fsdecode(typing.cast(bytes, self.server_address))
-            )
-            return f"unix:{path_text(path)}", "unknown"
+            return path_text(str(self.worker.settings.listen)), "unknown"
         host, port = address[0], address[1]
         host = host.removeprefix("::ffff:") if "." in host else host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host
 
-    def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
+    def _serve(self, sock: socket.socket, address: typing.Any, *, overflow: bool) -> None:
         name, host = self._name(address)
-        connection = ClientConnection(self.worker, request, name, host, overflow=overflow)
+        connection = ClientConnection(self.worker, sock, name, host, overflow=overflow)
         self.connections.add(connection)  # one operation each, which no other thread can come into
         try:
             connection.serve()
         except Exception as error:  # noqa: BLE001  # a bug outside of any request: logged, and the thread lives on
-            self.handle_error(request, address, error, connection)
+            self._log_bug(sock, address, error, connection)
         finally:
             self.connections.discard(connection)
 
@@ -188,31 +182,27 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._overflow += 1
             return True
 
-    def _turn_away(self, request: socket.socket, address: typing.Any) -> None:
-        evidence = socket_evidence(request)
-        request.close()
+    def _turn_away(self, sock: socket.socket, address: typing.Any) -> None:
+        evidence = socket_evidence(sock)
+        sock.close()
         limit = self.worker.settings.max_connections
         name, _ = self._name(address)
         message = f"{limit} closed a connection of client {name} unread: too many others wait for their 503"
         abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.LIMIT, limit=limit)
         log_connection_abort(self.worker, abort, message, self.worker.next_id(), name, 0.0, evidence)
 
-    def handle_error(
-        self,
-        request: typing.Any,
-        client_address: typing.Any,
-        error: Exception | None = None,
-        connection: ClientConnection | None = None,
+    def _log_bug(
+        self, sock: socket.socket, address: typing.Any, error: Exception, connection: ClientConnection | None
     ) -> None:
         """A bug outside of any request is one ``connection.abort``, with the connection closed."""
-        evidence = socket_evidence(request)
-        request.close()
+        evidence = socket_evidence(sock)
+        sock.close()
         what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
         message = f"a bug in the proxy ended a connection: {what}"
         abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.INTERNAL, original=error)
         client_id = connection.connection_id if connection is not None else self.worker.next_id()
         duration_s = time.monotonic() - connection.began_at if connection is not None else 0.0
-        name, _ = self._name(client_address)
+        name, _ = self._name(address)
         log_connection_abort(self.worker, abort, message, client_id, name, duration_s, evidence)
 
     def _complain(self, what: str, error: BaseException) -> None:
@@ -239,17 +229,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         os.set_blocking(self.socket.fileno(), False)
         for _ in range(backlog + 1):  # more have come since
             try:
-                request, address = self.socket.accept()
+                sock, address = self.socket.accept()
             except OSError:
                 break  # the queue is empty
             with self._lock:
                 self._queued += 1
             try:
-                threading.Thread(target=self._serve_queued, args=(request, address), daemon=True).start()
+                threading.Thread(target=self._serve_queued, args=(sock, address), daemon=True).start()
             except RuntimeError as error:
                 with self._lock:
                     self._queued -= 1
-                request.close()
+                sock.close()
                 self._complain("no more threads can be started; a connection from the queue was closed unread", error)
         try:
             # Wakes the threads that wait in accept.
@@ -257,9 +247,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         except OSError:
             return  # a listener of another worker's as well, and that one was first
 
-    def _serve_queued(self, request: typing.Any, address: typing.Any) -> None:
+    def _serve_queued(self, sock: socket.socket, address: typing.Any) -> None:
         try:
-            self.process_request(request, address)
+            self.process_request(sock, address)
         finally:
             with self._lock:
                 self._queued -= 1
