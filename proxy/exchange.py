@@ -37,7 +37,7 @@ from .fields import (
     serialize_request,
     serialize_response,
 )
-from .framing import ChunkedFraming, request_framing
+from .framing import NO_BODY, Framing, request_framing, response_framing
 from .grammar import MAX_FIELDS, REQUEST_ID, REQUEST_ID_LINE, TOLD_LINE, TOLD_METHOD, MalformedMessage
 from .head import (
     RequestHead,
@@ -72,8 +72,6 @@ _HEAD_READ = 64 * 1024
 _AT_ONCE_S = 5 * ANSWER_PATIENCE_S
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
-# Final responses that end with their head, whatever it says (RFC 9112 §6.3).
-_BODILESS = frozenset((204, 304))
 
 # After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before
 # the record is written.
@@ -624,7 +622,8 @@ class ClientConnection:
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
         response_octets = b""
         written = taken = 0
-        sent_at = first_byte_at = answer = response_head = body_size = chunks = None
+        sent_at = first_byte_at = answer = response_head = None
+        framing: Framing = NO_BODY
         error: Exception | None = None
         try:
             written = record.upstream_written = upstream.write(request, NO_WAIT)
@@ -634,21 +633,15 @@ class ClientConnection:
                 first_byte_at = time.monotonic()
                 record.upstream_read = len(answer)
                 head_size = answer.find(b"\r\n\r\n") + 4
-                if 4 <= head_size <= self.settings.max_head_size.value:
+                max_size = self.settings.max_head_size.value
+                if 4 <= head_size <= max_size:
                     parsed = parse_response_head(answer[:head_size], connection.memory)
                     response = prepare_response(parsed, self._context.proxy_name, dechunk=False)
                     status = parsed.status
-                    body_size = parsed.section.content_length
-                    if status in _BODILESS or head.method == b"HEAD":
-                        body_size = 0
-                    elif parsed.section.chunked:
-                        chunks = ChunkedFraming(self.settings.max_head_size.value, parsed.section.options)
-                        stop = chunks.feed(answer, head_size, len(answer))
-                        if chunks.complete:
-                            body_size = stop - head_size
+                    framing = response_framing(status, parsed.section, head.method, max_size)
                     if (
-                        body_size is not None
-                        and head_size + body_size == len(answer) < FIRST_READ
+                        framing.feed(answer, head_size, len(answer)) == len(answer) < FIRST_READ
+                        and framing.complete
                         and status >= 200
                         and status != 426  # its Upgrade field is put together by the relay
                         and response.keep_alive
@@ -669,7 +662,7 @@ class ClientConnection:
                                 len(answer),
                                 written,
                                 content,
-                                body_size if chunks is None else chunks.content,
+                                framing.content,
                                 prepared.keep_alive,
                             )
                             return None
@@ -686,8 +679,7 @@ class ClientConnection:
             first_byte_at,
             response_head,
             response_octets,
-            body_size or 0,
-            chunks,
+            framing,
             taken,
             error,
         )

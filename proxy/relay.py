@@ -26,10 +26,8 @@ from .framing import (
     ENDLESS,
     FRESH,
     NO_BODY,
-    ChunkedFraming,
     ConnectionFraming,
     Framing,
-    LengthFraming,
     Mark,
     Octets,
     response_framing,
@@ -216,8 +214,7 @@ class Begun(typing.NamedTuple):
     first_byte_at: float | None  # when that was read
     response_head: ResponseHead | None  # what the client is told, as the answer was whole; None: nothing yet
     octets: bytes  # what the client is told: head and body
-    body_size: int  # how many of these octets are the body
-    chunks: ChunkedFraming | None  # the framing of that body, which it was fed; None: a length, or no body
+    framing: Framing  # of that body, which it was fed
     taken: int  # how many of these octets the client took
     error: Exception | None  # what the last step met, if it did not merely have to wait
 
@@ -653,15 +650,11 @@ class Relay:
         self.first_byte_at = response.last_read_at = begun.first_byte_at
         self._head_from = 0
         response.read = read
-        if begun.chunks is not None:
-            response.framing = begun.chunks
-        elif begun.body_size:
-            response.framing = LengthFraming(begun.body_size)
-            response.framing.skip(begun.body_size)
+        response.framing = begun.framing
         response.octets = begun.octets
         response.start = response.written = begun.taken
         response.end = len(begun.octets)
-        response.fed_from = response.end - begun.body_size
+        response.fed_from = response.end - (read - head.size)
         response.pending = True
         if begun.taken:
             response.last_written_at = now
