@@ -37,7 +37,7 @@ from .fields import (
     serialize_request,
     serialize_response,
 )
-from .framing import NO_BODY, Framing, request_framing, response_framing
+from .framing import request_framing, response_framing
 from .grammar import MAX_FIELDS, REQUEST_ID, REQUEST_ID_LINE, TOLD_LINE, TOLD_METHOD, MalformedMessage
 from .head import (
     RequestHead,
@@ -60,8 +60,8 @@ from .kernel import (
 )
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
-from .record import AboutConnection, Outcome, Record, Tally, describe_abort, describe_exception
-from .relay import FIRST_READ, Begun, PipeStore, Relay, status_after_fin
+from .record import AboutConnection, Record, Tally, describe_abort, describe_exception
+from .relay import FIRST_READ, AtOnce, PipeStore, Relay, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
@@ -580,7 +580,6 @@ class ClientConnection:
         pool = worker.pool  # a reload may put another in its place meanwhile
         self.lease = connection = pool.lease()
         upstream = connection.endpoint
-        begun = None
         if (
             upstream is not None  # kept from an earlier request
             and upstream.patience_s
@@ -589,13 +588,12 @@ class ClientConnection:
         ):
             record.upstream = upstream.name
             record.connected_at = time.monotonic()
-            begun = self._exchange_at_once(record, head, prepared, request_id, head_octets, body, connection)
-            if record.outcome is not None:  # all of it is done
+            if self._exchange_at_once(record, head, prepared, request_id, head_octets, body, connection):
                 pool.release(connection)
                 self.lease = None
                 return
             record.phase = Phase.RESPONSE_HEAD
-        self._relay(record, head, prepared, request_id, head_octets, body, connection, pool, begun)
+        self._relay(record, head, prepared, request_id, head_octets, body, connection, pool)
 
     def _exchange_at_once(
         self,
@@ -606,32 +604,26 @@ class ClientConnection:
         head_octets: bytes,
         body: bytes,
         connection: AnyConnection,
-    ) -> Begun | None:
+    ) -> bool:
         """Relay without a ``Relay``: send a request that is whole, and pass on an answer that comes at once, is whole
         in one read, and does not end with its connection. Most are like that, and it takes half of the instructions
         (docs/performance.md).
 
-        Returns: None if it was so, and the record has its outcome; else what has happened so far, and a relay has to
-        go on from there. Raises nothing.
+        Returns: whether it was so; else a relay has to go on from ``record.at_once``. Raises nothing.
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
         request = head_octets + body
         size = len(request)
-        content = record.body_read = len(body)
+        content = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
-        response_octets = b""
-        written = taken = 0
-        sent_at = first_byte_at = answer = response_head = None
-        framing: Framing = NO_BODY
-        error: Exception | None = None
+        record.at_once = exchange = AtOnce(content, prepared.keep_alive)
         try:
-            written = record.upstream_written = upstream.write(request, NO_WAIT)
+            exchange.upstream_written = written = upstream.write(request, NO_WAIT)
             if written == size:
-                sent_at = time.monotonic()
-                answer = self.waiter.read_soon(upstream, FIRST_READ)
-                first_byte_at = time.monotonic()
-                record.upstream_read = len(answer)
+                exchange.sent_at = time.monotonic()
+                exchange.answer = answer = self.waiter.read_soon(upstream, FIRST_READ)
+                exchange.first_byte_at = time.monotonic()
                 head_size = answer.find(b"\r\n\r\n") + 4
                 max_size = self.settings.max_head_size.value
                 if 4 <= head_size <= max_size:
@@ -648,41 +640,21 @@ class ClientConnection:
                         and not self.worker.control.draining
                     ):
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
-                        response_octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
-                        response_head = parsed
-                        taken = record.client_written = client.write(response_octets, NO_WAIT)
-                        if taken == len(response_octets):
-                            record.outcome = Outcome(
-                                response_head,
-                                sent_at,
-                                first_byte_at,
-                                time.monotonic(),
-                                content,
-                                taken,
-                                len(answer),
-                                written,
-                                content,
-                                framing.content,
-                                prepared.keep_alive,
-                            )
-                            return None
+                        told = serialize_response(parsed, response, close, request_id) + answer[head_size:]
+                        exchange.octets = told
+                        exchange.framing = framing
+                        exchange.response_head = parsed
+                        exchange.client_written = taken = client.write(told, NO_WAIT)
+                        if taken == len(told):
+                            exchange.last_byte_at = time.monotonic()
+                            return True
         except (BlockingIOError, MalformedMessage):
             pass  # the relay waits for it, or finds the same
         except OSError as failure:
-            error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
+            exchange.error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
         except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
-            error = other
-        return Begun(
-            written,
-            sent_at,
-            answer,
-            first_byte_at,
-            response_head,
-            response_octets,
-            framing,
-            taken,
-            error,
-        )
+            exchange.error = other
+        return False
 
     def _relay(
         self,
@@ -694,12 +666,11 @@ class ClientConnection:
         body: bytes,
         connection: AnyConnection,
         pool: AnyPool,
-        begun: Begun | None,
     ) -> None:
         """Relay over a leased connection; once more over a fresh one where the first had gone stale.
 
-        ``head_octets`` are for upstream, ``body`` is what has come behind the client's, ``begun`` what was done
-        with both over this connection. Raises: Abort.
+        ``head_octets`` are for upstream, ``body`` is what has come behind the client's; ``record.at_once`` says
+        what was done with both over this connection. Raises: Abort.
         """
         waiter = self.waiter
         slot = waiter.slot
@@ -744,7 +715,7 @@ class ClientConnection:
                 request = relay.request
                 content = request.framing.content
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
-                relay.run(begun)
+                relay.run(record.at_once)
             except Abort as last:
                 # Which event came first is decided here and, where both sides spoke at once, in Relay.run. And a kept
                 # connection that had gone stale proves nothing about upstream.
@@ -755,7 +726,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
-                record.upstream = record.connected_at = begun = None
+                record.upstream = record.connected_at = record.at_once = None
                 self._drop_lease()
                 relay.release()
                 if client_read is not None:
@@ -916,10 +887,10 @@ class ClientConnection:
         """
         relay = record.relay
         if abort is None:
-            if record.outcome is not None:
-                self._ending = "keep" if record.outcome.keep_alive else "finish"
+            if relay is None:
+                assert record.at_once is not None
+                self._ending = "keep" if record.at_once.keep_alive else "finish"
                 return None
-            assert relay is not None
             try:
                 if relay.response.written >= _SETTLE_MIN:
                     relay.note_progress()
@@ -1013,10 +984,12 @@ class ClientConnection:
             and abort.status is None
         )
         self._ending = "close"
-        if gone or record.outcome is not None:
+        if gone:
             return
-        if relay is None and record.client_written:
-            self._ending = "cut"
+        if relay is None and record.at_once is not None and record.at_once.client_written:
+            # What failed is behind a response that is whole, or kept a relay from going on with it.
+            if record.at_once.last_byte_at is None:
+                self._ending = "cut"
             return
         if relay is None or not (relay.head_out or relay.mid_head):
             if self.client.mid_write:

@@ -19,13 +19,12 @@ import types
 import typing
 
 from .aborts import Abort
-from .framing import NO_BODY
-from .head import RequestHead, ResponseHead
+from .head import RequestHead
 from .inflight import InFlight, Slot
 from .limits import Bound, Limit
 from .log import SCHEMA_VERSION, EventLog, timestamp
 from .masking import mask_secrets, printable
-from .relay import Relay
+from .relay import AtOnce, Relay
 from .vocabulary import Cause, Operation, Phase, Side
 
 _Made = typing.TypeVar("_Made")
@@ -92,24 +91,6 @@ class AboutConnection:
         self.fields_text = f'"connection_id":"{connection_id}","pid":{pid},"client":{_quote(client)}'
 
 
-class Outcome(typing.NamedTuple):
-    """What the record of a complete exchange says of both messages. Times are on the monotonic clock; counts are of
-    octets, as in the field ``bytes``, and ``request_read`` is that of the body alone.
-    """
-
-    response_head: ResponseHead
-    sent_at: float
-    first_byte_at: float
-    last_byte_at: float
-    request_read: int
-    client_written: int
-    upstream_read: int
-    upstream_written: int
-    request_body: int
-    response_body: int
-    keep_alive: bool  # whether the client's connection may be used again
-
-
 class Record:
     """One request from its first byte to its event. Used by the thread of the connection; others may read it."""
 
@@ -121,16 +102,14 @@ class Record:
         "about",
         "answered",
         "answered_bytes",
+        "at_once",
         "attempts",
-        "body_read",
         "client_evidence",
-        "client_written",
         "connected_at",
         "first_at",
         "head",
         "head_at",
         "head_read",
-        "outcome",
         "phase",
         "relay",
         "request_id",
@@ -138,8 +117,6 @@ class Record:
         "told_at",
         "upstream",
         "upstream_evidence",
-        "upstream_read",
-        "upstream_written",
     )
 
     def __init__(
@@ -168,13 +145,8 @@ class Record:
         self.head_read = 0  # octets of the head
         self.head_at: float | None = None
         self.connected_at: float | None = None
-        self.outcome: Outcome | None = None  # of an exchange that needed no relay
-        # While there is no relay: the phase, octets of the body that have come, and of both messages what has passed.
-        self.phase = Phase.REQUEST_HEAD
-        self.body_read = 0
-        self.upstream_written = 0
-        self.upstream_read = 0
-        self.client_written = 0
+        self.phase = Phase.REQUEST_HEAD  # while there is no relay
+        self.at_once: AtOnce | None = None  # what was tried without one
         self.relay: Relay | None = None
         self.upstream: str | None = None
         self.abort: Abort | None = None
@@ -255,24 +227,20 @@ class Record:
 
     def bytes(self) -> dict[str, int]:
         """Returns: the ``bytes`` field."""
-        relay, outcome = self.relay, self.outcome
-        if outcome is not None:
-            return {
-                "client_read": self.head_read + outcome.request_read,
-                "client_written": outcome.client_written + self.answered_bytes,
-                "upstream_read": outcome.upstream_read,
-                "upstream_written": outcome.upstream_written,
-                "request_body": outcome.request_body,
-                "response_body": outcome.response_body,
-            }
+        relay, at_once = self.relay, self.at_once
         if relay is None:
+            if at_once is None:
+                counts = dict.fromkeys(_BYTE_COUNTS, 0)
+                counts["client_read"] = self.head_read
+                counts["client_written"] = self.answered_bytes
+                return counts
             return {
-                "client_read": self.head_read + self.body_read,
-                "client_written": self.client_written + self.answered_bytes,
-                "upstream_read": self.upstream_read,
-                "upstream_written": self.upstream_written,
-                "request_body": self.body_read if self.upstream_written else 0,
-                "response_body": 0,
+                "client_read": self.head_read + at_once.request_read,
+                "client_written": at_once.client_written + self.answered_bytes,
+                "upstream_read": len(at_once.answer or b""),
+                "upstream_written": at_once.upstream_written,
+                "request_body": at_once.request_read if at_once.upstream_written else 0,
+                "response_body": at_once.framing.content if at_once.last_byte_at is not None else 0,
             }
         return {
             "client_read": self.head_read + relay.request.read,
@@ -287,12 +255,12 @@ class Record:
         """Returns: what the client was sent."""
         if self.answered is not None:
             return self.answered
-        if self.outcome is not None:
-            return self.outcome.response_head.status
         relay = self.relay
-        if relay is None or relay.response_head is None or not relay.head_out:
+        exchange = relay or self.at_once
+        if exchange is None or exchange.response_head is None:
             return None
-        return relay.response_head.status
+        is_out = relay.head_out if relay is not None else exchange.last_byte_at is not None
+        return exchange.response_head.status if is_out else None
 
     def _complete_line(self) -> str:
         """The line of ``request.complete``, without the general way through dictionaries where nothing is out of the
@@ -301,37 +269,39 @@ class Record:
         It is written for every small request, and the general way takes three times as long (scripts/bench).
         """
         head, first_at, head_at, connected_at = self.head, self.first_at, self.head_at, self.connected_at
+        relay = self.relay
+        exchange = relay or self.at_once
         assert head is not None
-        outcome = self.outcome or self._outcome_of_relay()
+        assert exchange is not None
+        response_head, sent_at = exchange.response_head, exchange.sent_at
+        first_byte_at, last_byte_at = exchange.first_byte_at, exchange.last_byte_at
         logged = head.logged or _say_alike(head)
-        if outcome is None or self.attempts or logged is None or head_at is None or connected_at is None:
+        if (
+            logged is None
+            or self.attempts
+            or (relay is not None and (relay.events or relay.tunnel))
+            or response_head is None
+            or head_at is None
+            or connected_at is None
+            or sent_at is None
+            or first_byte_at is None
+            or last_byte_at is None
+        ):
             return self._log.formatter.line("info", "request.complete", self.fields(None))
         what, method_and_target, expected_request = logged
         about = self.about
-        (
-            response_head,
-            sent_at,
-            first_byte_at,
-            last_byte_at,
-            request_read,
-            client_written,
-            upstream_read,
-            upstream_written,
-            request_body,
-            response_body,
-            _,
-        ) = outcome
+        counts = self.bytes()
         duration = f"{last_byte_at - first_at:.6f}"
         status = response_head.status
         expected_response = response_head.section.content_length
         return (
             f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":{SCHEMA_VERSION},'
-            f'"message":"{what} answered {status} in {duration} s: {response_body:,} bytes of content'
+            f'"message":"{what} answered {status} in {duration} s: {counts["response_body"]:,} bytes of content'
             f' to client {about.client_text}","request_id":"{self.request_id}",{about.fields_text},'
             f'"upstream":{_quote(self.upstream or "")},{method_and_target},"status":{status},'
-            f'"bytes":{{"client_read":{self.head_read + request_read},"client_written":{client_written},'
-            f'"upstream_read":{upstream_read},"upstream_written":{upstream_written},'
-            f'"request_body":{request_body},"response_body":{response_body}}},'
+            f'"bytes":{{"client_read":{counts["client_read"]},"client_written":{counts["client_written"]},'
+            f'"upstream_read":{counts["upstream_read"]},"upstream_written":{counts["upstream_written"]},'
+            f'"request_body":{counts["request_body"]},"response_body":{counts["response_body"]}}},'
             f'"expected":{{"request_body":{expected_request},'
             f'"response_body":{"null" if expected_response is None else expected_response}}},'
             f'"duration_s":{duration},"timing_s":{{"head":{head_at - first_at:.6f},'
@@ -339,54 +309,25 @@ class Record:
             f'"first_byte":{first_byte_at - first_at:.6f},"last_byte":{duration}}}}}\n'
         )
 
-    def _outcome_of_relay(self) -> Outcome | None:
-        """Returns: the outcome of a relay that is done, None where there is more to tell."""
-        relay = self.relay
-        assert relay is not None
-        response_head, sent_at, first_byte_at = relay.response_head, relay.sent_at, relay.first_byte_at
-        last_byte_at = relay.last_byte_at
-        if (
-            relay.events
-            or relay.tunnel
-            or response_head is None
-            or sent_at is None
-            or first_byte_at is None
-            or last_byte_at is None
-        ):
-            return None
-        request, response = relay.request, relay.response
-        return Outcome(
-            response_head,
-            sent_at,
-            first_byte_at,
-            last_byte_at,
-            request.read,
-            response.written,
-            response.read,
-            request.written,
-            0 if request.framing is NO_BODY else request.relayed_content(),
-            response.relayed_content(),
-            not relay.close_client,
-        )
-
     def fields(self, abort: Abort | None) -> dict[str, object]:
         """Returns: the fields of the contract, those of an abort included if there is one."""
         now = time.monotonic()
-        relay, outcome = self.relay, self.outcome
-        if outcome is not None:
-            now = outcome.last_byte_at
-        elif abort is None and relay is not None and relay.ended_at is not None:
-            now = relay.ended_at  # what was awaited after that is its delivery
+        relay, at_once = self.relay, self.at_once
+        if relay is not None:
+            if abort is None and relay.ended_at is not None:
+                now = relay.ended_at  # what was awaited after that is its delivery
+        elif at_once is not None and at_once.last_byte_at is not None:
+            now = at_once.last_byte_at
         first_at = self.first_at
         method, target = self.method_and_target()
         moments: dict[str, float | None] = {"head": self.head_at, "connected": self.connected_at}
         response_head = None
-        exchanged = outcome or relay  # both tell these under the same names
-        if exchanged is not None:
-            response_head = exchanged.response_head
-            moments["request_sent"] = exchanged.sent_at
-            moments["first_byte"] = exchanged.first_byte_at
-            moments["last_byte"] = exchanged.last_byte_at
+        exchange = relay or at_once  # both tell these under the same names
+        if exchange is not None:
+            response_head = exchange.response_head
+            moments["request_sent"] = exchange.sent_at
+            moments["first_byte"] = exchange.first_byte_at
+            moments["last_byte"] = exchange.last_byte_at
         fields: dict[str, object] = {
             "message": "",
             "request_id": self.request_id,
@@ -566,7 +507,7 @@ class Record:
         relay = self.relay
         if abort.phase is Phase.REQUEST_HEAD:
             return f"{counts['client_read']:,} bytes of the request head had come from {client}"
-        if relay is None and self.upstream_written:
+        if relay is None and counts["upstream_written"]:
             answered = counts["upstream_read"]
             return f"the request was sent from {client}, {upstream} had answered {answered:,} bytes"
         if relay is None or relay.upstream is None:

@@ -14,7 +14,6 @@ import select
 import socket
 import ssl
 import time
-import typing
 
 from .aborts import Abort, failed_socket, malformed_request, malformed_response, refuses_certificate, socket_abort
 from .config import Settings
@@ -205,18 +204,25 @@ class Flow:
         return count
 
 
-class Begun(typing.NamedTuple):
-    """How far an exchange has come without a relay, for one to go on from there."""
+class AtOnce:
+    """An exchange without a relay, as far as it has come: to its end, or for a relay to go on from there."""
 
-    written: int  # octets of the request that upstream took
-    sent_at: float | None  # when it had taken all of them; None: it has not
-    answer: bytes | None  # what upstream then answered, in one read; None: nothing yet
-    first_byte_at: float | None  # when that was read
-    response_head: ResponseHead | None  # what the client is told, as the answer was whole; None: nothing yet
-    octets: bytes  # what the client is told: head and body
-    framing: Framing  # of that body, which it was fed
-    taken: int  # how many of these octets the client took
-    error: Exception | None  # what the last step met, if it did not merely have to wait
+    # Made for each small request: so what has not come about yet is said here, and costs nothing.
+    upstream_written = 0  # octets of the request that upstream took
+    sent_at: float | None = None  # when it had taken all of them; None: it has not
+    answer: bytes | None = None  # what upstream then answered, in one read; None: nothing yet
+    first_byte_at: float | None = None  # when that was read
+    response_head: ResponseHead | None = None  # what the client is told, as the answer was whole
+    octets = b""  # what the client is told: head and body
+    framing: Framing = NO_BODY  # of that body, which it was fed
+    client_written = 0  # how many of these octets the client took
+    last_byte_at: float | None = None  # when it had taken all of them: no relay is needed
+    error: Exception | None = None  # what the last step met, if it did not merely have to wait
+
+    def __init__(self, request_read: int, keep_alive: bool) -> None:
+        """``request_read`` octets of body have come, which are all; ``keep_alive``: the client may ask again."""
+        self.request_read = request_read
+        self.keep_alive = keep_alive
 
 
 class Relay:
@@ -428,7 +434,7 @@ class Relay:
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def run(self, begun: Begun | None = None) -> None:
+    def run(self, begun: AtOnce | None) -> None:
         """Relay until the response is whole, or a tunnel has ended on both sides; ``begun`` is what was done before.
 
         Raises: Abort.
@@ -608,15 +614,15 @@ class Relay:
         flow.end = len(octets)
         flow.pending = True
 
-    def _go_on(self, begun: Begun, now: float) -> None:
+    def _go_on(self, begun: AtOnce, now: float) -> None:
         """Take over what was done before there was a relay: nothing of it is done or decided again. Raises: Abort, or
         the error of a bug.
         """
         request, client, upstream = self.request, self.client, self.upstream
         assert upstream is not None
         error, sent_at, answer = begun.error, begun.sent_at, begun.answer
-        if begun.written:
-            request.start = request.written = begun.written
+        if begun.upstream_written:
+            request.start = request.written = begun.upstream_written
             request.last_written_at = sent_at or now
         if sent_at is None:
             if isinstance(error, OSError):
@@ -643,7 +649,7 @@ class Relay:
         if error is not None:
             raise error
 
-    def _take_over_response(self, begun: Begun, head: ResponseHead, read: int, now: float) -> None:
+    def _take_over_response(self, begun: AtOnce, head: ResponseHead, read: int, now: float) -> None:
         """The client has been told a head, and upstream's answer, ``read`` octets, was whole."""
         response = self.response
         self.response_head = head
@@ -652,11 +658,11 @@ class Relay:
         response.read = read
         response.framing = begun.framing
         response.octets = begun.octets
-        response.start = response.written = begun.taken
+        response.start = response.written = begun.client_written
         response.end = len(begun.octets)
         response.fed_from = response.end - (read - head.size)
         response.pending = True
-        if begun.taken:
+        if begun.client_written:
             response.last_written_at = now
 
     def note_progress(self) -> None:

@@ -65,7 +65,7 @@ def note(subject, what):
 def at_once(self, record, *rest):
     look_at_writes(self.client)
     done = _at_once(self, record, *rest)
-    note(record.head.target, "at once" if record.outcome is not None else "in vain")
+    note(record.head.target, "at once" if done else "in vain")
     return done
 
 

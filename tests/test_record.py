@@ -180,6 +180,7 @@ _ANSWERED = [
         "request_framing", "Relay", "ClientConnection._relay"
     ) for which in ("post in chunks", "upload", "after fresh")),
     ("exchange.ClientConnection._exchange_at_once", "post", "connect"),
+    ("exchange.AtOnce", "post", "connect"),
     ("exchange.parse_response_head", "post", "response_head"),
     ("exchange.prepare_response", "post", "response_head"),
     ("exchange.serialize_response", "post", "response_head"),
@@ -278,7 +279,6 @@ _AFTER = [
     ("exchange.ClientConnection._return_lease", "post in chunks"),
     ("upstream._LeasingPool.release", "post"),
     ("upstream._LeasingPool.release", "post in chunks"),
-    ("exchange.Outcome", "post"),
     ("exchange.ClientConnection._settle", "post"),
     ("exchange.ClientConnection._settle", "post in chunks"),
     ("exchange.ClientConnection._settle", "big"),

@@ -22,7 +22,7 @@ PLACES = {
         ClientConnection._tell_client ClientConnection._answer ClientConnection._await_delivery
         ClientConnection._ending_after ClientConnection._end ClientConnection._linger
         ClientConnection._exchange_at_once ClientConnection._relay parse_response_head prepare_response
-        serialize_response Outcome""",
+        serialize_response AtOnce""",
     "upstream": """
         _LeasingPool.lease _LeasingPool.release _LeasedConnection._connect _LeasedConnection.open endpoint_name""",
     "relay": """
