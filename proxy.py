@@ -417,7 +417,7 @@ class ResponseHead:
 def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
     """Parse a whole request head, from the request line to the empty line.
 
-    Raises: MalformedMessage with the status to answer: 400, 405 never (that is policy), 431, 501, 505.
+    Raises: MalformedMessage with the status to answer: 400, 431, 501, 505.
     """
     if octets == memory.head_octets and memory.request is not None:
         return memory.request
@@ -1426,13 +1426,12 @@ _SIOCOUTQNSD = 0x894B
 _COUNT = struct.Struct("=i")
 # linux/tcp.h. Python 3.11 has no name for it; since Linux 6.15, else ENOPROTOOPT.
 _TCP_RTO_MAX_MS = 44
-# linux/fcntl.h. Python 3.10 added the names, on Linux only.
+# linux/fcntl.h. Python 3.10 added the name, on Linux only.
 _F_SETPIPE_SZ: int = getattr(fcntl, "F_SETPIPE_SZ", 1031)
-_F_GETPIPE_SZ: int = getattr(fcntl, "F_GETPIPE_SZ", 1032)
 _PIPE_SIZE = 1024 * 1024
 
 # struct tcp_info of linux/tcp.h, which only grows at its end; fields that nobody here reads are skipped (x).
-_INFO = struct.Struct("=BxBBB3x 16xI 16xI4xII 8xI28xI 16xQQ4xII 20xQQQ 36xI")
+_INFO = struct.Struct("=BxBB4x 16xI 16xI4xII 8xI28xI 16xQ12xII 20xQQ 44xI")
 _INFO_READ = 512
 
 _STATES = (
@@ -1466,7 +1465,6 @@ class TcpInfo:
     state: str  # as RFC 9293 §3.3.2 writes it: "ESTABLISHED", "FIN_WAIT_1"
     retransmits: int  # retransmission timeouts in a row that nothing answered
     probes: int  # probes, of a closed window or keepalive, that nothing answered
-    backoff: int
     unacked: int  # segments in flight
     last_data_sent_s: float  # a retransmission counts, a probe does not
     last_data_recv_s: float
@@ -1474,12 +1472,10 @@ class TcpInfo:
     rtt_s: float  # smoothed
     total_retransmits: int
     bytes_acked: int
-    bytes_received: int
     segments_received: int  # with data or without
     notsent_bytes: int
-    busy_s: float  # with data to send; of this, held up by the peer's window and by our send buffer:
+    busy_s: float  # with data to send; of this, held up by the peer's window:
     rwnd_limited_s: float
-    sndbuf_limited_s: float
     snd_wnd: int | None  # the peer's window; None before Linux 5.4
 
     @property
@@ -1532,7 +1528,6 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
         state,
         retransmits,
         probes,
-        backoff,
         unacked,
         last_data_sent_ms,
         last_data_recv_ms,
@@ -1540,19 +1535,16 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
         rtt_us,
         total_retransmits,
         bytes_acked,
-        bytes_received,
         segments_received,
         notsent_bytes,
         busy_us,
         rwnd_limited_us,
-        sndbuf_limited_us,
         snd_wnd,
     ) = _INFO.unpack_from(octets)
     return TcpInfo(
         _STATES[state] if state < len(_STATES) else f"STATE_{state}",
         retransmits,
         probes,
-        backoff,
         unacked,
         last_data_sent_ms / 1000,
         last_data_recv_ms / 1000,
@@ -1560,12 +1552,10 @@ def tcp_info(sock: socket.socket) -> TcpInfo | None:
         rtt_us / 1e6,
         total_retransmits,
         bytes_acked,
-        bytes_received,
         segments_received,
         notsent_bytes,
         busy_us / 1e6,
         rwnd_limited_us / 1e6,
-        sndbuf_limited_us / 1e6,
         snd_wnd if have >= _INFO.size else None,
     )
 
@@ -1578,7 +1568,7 @@ def unacknowledged_bytes(sock: socket.socket) -> int | None:
     Raises: OSError if the socket is closed.
     Source: SIOCOUTQ, tcp(7). The page says "unsent"; the kernel counts what is in flight too.
     """
-    return None if sock.family == socket.AF_UNIX else _output_queue(sock)
+    return None if sock.family == socket.AF_UNIX else _count(sock, _SIOCOUTQ)
 
 
 def unsent_bytes(sock: socket.socket) -> int:
@@ -1588,23 +1578,12 @@ def unsent_bytes(sock: socket.socket) -> int:
     Returns: bytes; 0 where there is no such count. Raises: OSError if the socket is closed.
     Source: SIOCOUTQNSD, linux/sockios.h.
     """
-    return _count(sock, _SIOCOUTQNSD)
+    return _count(sock, _SIOCOUTQNSD) or 0
 
 
 def unread_bytes(sock: socket.socket) -> int:
     """Count the bytes received and not read yet. Raises: OSError if the socket is closed. Source: FIONREAD, tcp(7)."""
-    return _count(sock, termios.FIONREAD)
-
-
-def _count(sock: socket.socket, request: int) -> int:
-    octets = bytearray(_COUNT.size)
-    try:
-        fcntl.ioctl(sock.fileno(), request, octets)
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
-            return 0  # a unix socket, or not Linux
-        raise
-    return int(_COUNT.unpack(octets)[0])
+    return _count(sock, termios.FIONREAD) or 0
 
 
 def acknowledged_progress(sock: socket.socket) -> int | None:
@@ -1616,7 +1595,7 @@ def acknowledged_progress(sock: socket.socket) -> int | None:
     """
     try:
         if sock.family == socket.AF_UNIX:
-            held = _output_queue(sock)
+            held = _count(sock, _SIOCOUTQ)
             return None if held is None else -held
     except OSError:
         return None  # closed
@@ -1624,15 +1603,16 @@ def acknowledged_progress(sock: socket.socket) -> int | None:
     return None if info is None else info.bytes_acked
 
 
-def _output_queue(sock: socket.socket) -> int | None:
+def _count(sock: socket.socket, request: int) -> int | None:
+    """Returns: how many bytes stand in a queue of a socket; None where there is no such count. Raises: OSError."""
     fd = sock.fileno()
     if fd < 0:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # for a closed socket ioctl raises ValueError
     try:
-        octets = fcntl.ioctl(fd, _SIOCOUTQ, bytes(_COUNT.size))
+        octets = fcntl.ioctl(fd, request, bytes(_COUNT.size))
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP):
-            return None  # a listener, or a system without it
+            return None  # a listener, a unix socket, or a system without it
         raise
     count: int = _COUNT.unpack(octets)[0]
     return count
@@ -1669,10 +1649,9 @@ class PeerPulse:
     time counts only from the first look that found a question open, and any segment that comes in starts it anew.
     """
 
-    __slots__ = ("_segments", "_silent_since", "dead_after_s")
+    __slots__ = ("_segments", "_silent_since")
 
-    def __init__(self, dead_after_s: float) -> None:
-        self.dead_after_s = dead_after_s  # for the caller to compare with
+    def __init__(self) -> None:
         self._segments = -1
         self._silent_since: float | None = None
 
@@ -1742,12 +1721,12 @@ def _tcp_options(peer_dead_s: float | None, user_timeout_s: float | None) -> tup
 class SplicePipe:
     """A pipe through which octets pass from socket to socket inside the kernel. Used by one thread at a time.
 
-    A pipe is full when its slots are, and a slot may hold as little as one small packet: ``held < size`` does not
-    promise room, so drain before filling again, and take ``BlockingIOError`` of ``fill`` for an empty socket only while
-    nothing is held.
+    A pipe is full when its slots are, and a slot may hold as little as one small packet: no count of octets promises
+    room, so drain before filling again, and take ``BlockingIOError`` of ``fill`` for an empty socket only while nothing
+    is held.
     """
 
-    __slots__ = ("_read_fd", "_write_fd", "held", "size")
+    __slots__ = ("_read_fd", "_write_fd", "held")
 
     def __init__(self) -> None:
         """Raises: OSError when no pipe can be had: no descriptors left, or no splice here."""
@@ -1760,11 +1739,6 @@ class SplicePipe:
         except OSError:
             # Past the user's share of pipe pages, or the system's largest pipe: it stays as small as it was made.
             pass
-        self.size: int = fcntl.fcntl(self._write_fd, _F_GETPIPE_SZ)
-
-    def fileno(self) -> tuple[int, int]:
-        """Returns: the descriptors of its reading and its writing end."""
-        return self._read_fd, self._write_fd
 
     def fill(self, source_fd: int, count: int) -> int:
         """Move up to ``count`` octets from a socket into the pipe, without waiting.
@@ -2714,6 +2688,13 @@ class Settings:
         idle = self.keepalive_timeout
         return isinstance(self.listen, TcpAddress) and (idle is None or idle.seconds >= _MIN_IDLE_S)
 
+    @property
+    def dead_peer_limit(self) -> Limit | None:
+        """The option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive probes
+        follow.
+        """
+        return self.tcp_user_timeout or self.peer_dead_timeout
+
     def describe(self) -> dict[str, dict[str, object]]:
         """Say for JSON what every option is and where it was set.
 
@@ -3264,7 +3245,7 @@ def _check_together(settings: Settings) -> None:
             )
 
 
-def _is_itself(listen: "TcpAddress | UnixAddress", upstream: UpstreamUrl) -> bool:
+def _is_itself(listen: TcpAddress | UnixAddress, upstream: UpstreamUrl) -> bool:
     """Whether each request would come back, and go round until its fields are too many."""
     if isinstance(listen, UnixAddress):
         return upstream.scheme == "unix" and os.path.realpath(listen.path) == os.path.realpath(upstream.path)
@@ -3373,20 +3354,20 @@ class Cause(enum.StrEnum):
 
 """What an abort is, which cause an error of the operating system has, and what the client is told.
 
-``Abort`` is raised where the fact is known and carried unchanged to the one place that answers, logs and closes. The
-table ``ANSWERS`` decides status and RFC 9209 error type; where the response head is already out, only the type is
-used.
+``Abort`` is raised where the fact is known and carried to the one place that answers, logs and closes; nothing is
+changed on the way but what only somebody further up can tell (how long a dead peer had been silent). The table
+``ANSWERS`` decides status and RFC 9209 error type; where the response head is already out, only the type is used.
 """
 
 
-# --- proxy/aborts.py, line 17 ---
+# --- proxy/aborts.py, line 18 ---
 
 class Abort(Exception):
     """The end of a request before its response was whole: whose doing, in which phase, doing what, why.
 
-    ``limit`` and ``elapsed_s`` are set for the proxy's own limits. ``status`` and ``error_type`` replace what the
-    table says where the fact is finer than the table. ``detail`` is a clause for the message. ``reject`` says that
-    the proxy refused on the request head alone.
+    ``limit`` is the option behind it, and ``elapsed_s`` how long it had run, where there is one. ``status`` and
+    ``error_type`` replace what the table says where the fact is finer than the table. ``detail`` is a clause for the
+    message. ``reject`` says that the proxy refused on the request head alone.
     """
 
     def __init__(
@@ -3427,7 +3408,7 @@ _UNREACHABLE = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN
 _RESOURCE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN))
 
 # Most specific first: SSLError, gaierror and TimeoutError are all OSError.
-_CAUSE_BY_TYPE: tuple[tuple[type[BaseException], Cause], ...] = (
+_CAUSE_BY_TYPE: tuple[tuple[type[OSError], Cause], ...] = (
     (ssl.SSLError, Cause.TLS),
     (socket.gaierror, Cause.DNS),
     (ConnectionRefusedError, Cause.REFUSED),
@@ -3438,34 +3419,28 @@ _CAUSE_BY_TYPE: tuple[tuple[type[BaseException], Cause], ...] = (
     # Our own limits never come as TimeoutError, since no socket has a timeout: this one is the kernel's verdict,
     # ETIMEDOUT.
     (TimeoutError, Cause.DEAD_PEER),
-    (MemoryError, Cause.RESOURCE),
 )
 
 
-def classify(error: BaseException, operation: Operation | None = None) -> Cause:
-    """Find the cause of an error of a socket call, by type and errno, never by its text.
-
-    Returns: the cause; INTERNAL for what no socket call raises.
-    """
+def classify(error: OSError, operation: Operation | None = None) -> Cause:
+    """Returns: the cause of an error of a socket call, by type and errno, never by its text."""
     if isinstance(error, ConnectionRefusedError) and operation not in (None, Operation.CONNECT):
         # On a connection that stood: a router or the peer's firewall says that nobody is there any more.
         return Cause.DEAD_PEER
     for kind, cause in _CAUSE_BY_TYPE:
         if isinstance(error, kind):
             return cause
-    if isinstance(error, OSError):
-        if error.errno in _UNREACHABLE:
-            # On a connection that stood, the kernel reports this when retransmitting has found nobody.
-            return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.DEAD_PEER
-        if error.errno in _RESOURCE:
-            return Cause.RESOURCE
-        if error.errno == errno.ENOTCONN:
-            return Cause.RESET  # a connection that stood a moment ago
-        return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.RESET
-    return Cause.INTERNAL
+    if error.errno in _UNREACHABLE:
+        # On a connection that stood, the kernel reports this when retransmitting has found nobody.
+        return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.DEAD_PEER
+    if error.errno in _RESOURCE:
+        return Cause.RESOURCE
+    if error.errno == errno.ENOTCONN:
+        return Cause.RESET  # a connection that stood a moment ago
+    return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.RESET
 
 
-def tls_error_type(error: BaseException) -> str | None:
+def tls_error_type(error: OSError) -> str | None:
     """Returns: the RFC 9209 type of a TLS error: certificate, alert or protocol; None where it is none of TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return "tls_certificate_error"
@@ -3475,7 +3450,7 @@ def tls_error_type(error: BaseException) -> str | None:
     return None
 
 
-def refuses_certificate(error: BaseException) -> bool:
+def refuses_certificate(error: OSError) -> bool:
     """Whether the peer says by a TLS alert that it does not accept our certificate, or that we showed none."""
     reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
     return "ALERT" in reason and ("CERTIFICATE" in reason or "UNKNOWN_CA" in reason)
@@ -3498,6 +3473,15 @@ def socket_abort(side: Side, phase: Phase, operation: Operation, error: OSError,
         original=error,
         error_type=fitting_type,
     )
+
+
+def failed_socket(side: Side, phase: Phase, operation: Operation, number: int, limit: Limit | None) -> Abort:
+    """Make the abort of a socket that poll reports as failed, with the ``number`` of the error that the kernel told of
+    it, 0 where that was told before: then it was a reset. ``limit`` as in ``socket_abort``.
+    """
+    if not number:
+        return Abort(side, phase, operation, Cause.RESET)
+    return socket_abort(side, phase, operation, OSError(number, os.strerror(number)), limit)
 
 
 def malformed_request(error: MalformedMessage, phase: Phase, bounds: dict[str, Bound]) -> Abort:
@@ -4307,8 +4291,8 @@ def structured_string(text: str) -> str:
     """Returns: ``text`` as an sf-string of RFC 8941, cut to 512 characters; what is not printable ASCII becomes
     ``?``.
     """
-    printable = "".join(c if " " <= c <= "~" else "?" for c in text[:512])
-    return '"' + printable.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    visible = "".join(c if " " <= c <= "~" else "?" for c in text[:512])
+    return '"' + visible.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def error_response(
@@ -4390,8 +4374,7 @@ def upstream_context(settings: Settings) -> UpstreamContext | None:
     Returns: None where upstream is not ``https://``.
     Raises: ConfigError for files that can't be read or used.
     """
-    url: UpstreamUrl = settings.upstream
-    if url.scheme != "https":
+    if settings.upstream.scheme != "https":
         return None
     context = UpstreamContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4528,7 +4511,7 @@ def _why_unusable(reason: str, cert: str, key: str | None, key_flag: str) -> str
 
 
 def _load_authorities(context: ssl.SSLContext, settings: Settings, name: str, path: str) -> None:
-    where = f"{name} {path!r} ({settings.sources.get(name, 'default')})"
+    where = f"{name} {path!r} ({settings.sources[name]})"
     _check_readable(where, path)
     try:
         context.load_verify_locations(cafile=path)
@@ -4782,14 +4765,12 @@ class _LeasedConnection:
         self.endpoint = None
         super().close()  # type: ignore[misc]  # urllib3's
 
-    def open(self, wait: ConnectWait) -> AnyEndpoint:
-        """Connect, TLS handshake included, and return the endpoint. Raises: Abort with side upstream, or as ``wait``
-        does.
-        """
+    def open(self, wait: ConnectWait) -> None:
+        """Connect, TLS handshake included, and make the endpoint. Raises: Abort with side upstream, or as ``wait``."""
         self._wait = wait
         self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
-        dead = self.settings.peer_dead_timeout
-        pulse = PeerPulse(dead.seconds) if dead is not None and self.url.scheme != "unix" else None
+        watched = self.settings.peer_dead_timeout is not None and self.url.scheme != "unix"
+        pulse = PeerPulse() if watched else None
         if isinstance(self.sock, TlsEndpoint):
             endpoint: AnyEndpoint = self.sock
             endpoint.name = self.name
@@ -4804,14 +4785,13 @@ class _LeasedConnection:
         self._probe = select.poll()
         self._probe.register(endpoint.fd, select.POLLIN)
         self._wait = None
-        return endpoint
 
     def _shake_hands(self, endpoint: TlsEndpoint, wait: ConnectWait) -> None:
         try:
             while not endpoint.handshake():
                 wait(endpoint.fd, endpoint.read_event, None)
         except OSError as error:
-            limit = self.settings.tcp_user_timeout or self.settings.peer_dead_timeout
+            limit = self.settings.dead_peer_limit
             raise socket_abort(Side.UPSTREAM, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit) from error
 
     def _new_conn(self) -> socket.socket:
@@ -5022,6 +5002,9 @@ silent, or the worker ends; so no wait for a request or a response is without it
 FAILED = select.POLLERR | select.POLLHUP | select.POLLNVAL
 HUNG_UP = POLLRDHUP | FAILED
 
+# Client events of a wait that leaves the client out; 0 waits for its failure alone.
+LEFT_OUT = -1
+
 # The longest wait while a write makes no progress, as a part of its timeout: how soon acknowledged bytes are noticed.
 _STALL_CHECKS = 4
 # While the worker drains, how often a request in flight looks whether it has to end now.
@@ -5088,16 +5071,16 @@ class Waiter:
         self.dead_limit = dead_limit
         self.drain_seen = False
         self.watches: list[TimedWatch] = []
-        self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _no_phase
+        self.phase_of: collections.abc.Callable[[Side, Operation], Phase] = _between_relays
         self._poller: select.poll | None = None  # made when first wanted: many short connections never wait
-        self._client_events = -1
+        self._client_events = LEFT_OUT
         self._wake_registered = False
         self._upstream_fd = -1
         self._upstream_events = 0
         self.pulse_every_s = pulse_every_s
         self.next_pulse_at = time.monotonic() + pulse_every_s
 
-    def _open_poller(self) -> "select.poll":
+    def _open_poller(self) -> select.poll:
         self._poller = poller = select.poll()
         self._poll = poller.poll
         self._modify = poller.register  # adds or changes
@@ -5112,8 +5095,8 @@ class Waiter:
         self.upstream = None
 
     def forget_phases(self) -> None:
-        """Let go of the relay whose phases were asked for."""
-        self.phase_of = _no_phase
+        """Let go of whoever was asked for phases, and of the limits: what comes next is a request head."""
+        self.phase_of = _between_relays
         self.watches.clear()
 
     def idle(self, until: float | None) -> bool:
@@ -5162,19 +5145,19 @@ class Waiter:
         return sum(events for _, events in poller.poll(0))
 
     def wait(
-        self, client_events: int, upstream_fd: int, upstream_events: int, due_at: float | None = None
+        self, client_events: int, upstream_fd: int = -1, upstream_events: int = 0, due_at: float | None = None
     ) -> tuple[int, int, float]:
         """Wait until a socket is ready, or ``due_at``, whichever comes first.
 
         Upstream events of 0 leave that socket out altogether: its hang-up is not acted on while its octets wait for
-        the client, and would end every wait at once. The client's failure always ends the wait.
-        Client events of -1 leave the client out, in the same way; 0 waits for its failure alone.
+        the client, and would end every wait at once. The client's failure ends the wait unless it is ``LEFT_OUT`` in
+        the same way.
         Returns: the events of client and upstream (0 where not ready), and the time.
         Raises: Abort when a limit runs out, a peer is dead, or the worker ends.
         """
         poller = self._poller or self._open_poller()
         if client_events != self._client_events:
-            if client_events >= 0:
+            if client_events != LEFT_OUT:
                 self._modify(self.client.fd, client_events)
             else:
                 poller.unregister(self.client.fd)
@@ -5309,7 +5292,7 @@ def pulse_interval(dead_limit: Limit | None) -> float:
     return min(max(dead_limit.seconds / 8, 0.02), 10.0) if dead_limit is not None else 3600.0
 
 
-def _no_phase(side: Side, operation: Operation) -> Phase:
+def _between_relays(side: Side, operation: Operation) -> Phase:
     return Phase.REQUEST_HEAD
 
 
@@ -5327,7 +5310,7 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 
-# --- proxy/relay.py, line 45 ---
+# --- proxy/relay.py, line 41 ---
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 FIRST_READ = 64 * 1024
@@ -5403,7 +5386,7 @@ class Flow:
         self.source: AnyEndpoint | None = None
         self.sink: AnyEndpoint | None = None
         self.framing = framing
-        self.octets: bytes | bytearray = b""  # on the way: [start:end]
+        self.octets: Octets = b""  # on the way: [start:end]
         self.start = 0
         self.end = 0
         self.pending = False  # whether there are any, in octets or in the pipe
@@ -5419,7 +5402,7 @@ class Flow:
         self.read = 0  # octets of this request, head and framing included, that crossed the source's socket
         self.written = 0  # and the sink's
         self.content_before = 0  # content relayed by an earlier framing of this flow (before a tunnel)
-        self.finished = False  # the message has ended and all of it was written
+        self.finished = False  # the message has ended (framing.complete) and all of it was written
         self.tail: bytes | None = None  # the last octets read, where somebody wants to know
         self.last_read_at: float | None = None
         self.last_written_at: float | None = None
@@ -5495,19 +5478,25 @@ class Flow:
         return count
 
 
-class Begun(typing.NamedTuple):
-    """How far an exchange has come without a relay, for one to go on from there."""
+class AtOnce:
+    """An exchange without a relay, as far as it has come: to its end, or for a relay to go on from there."""
 
-    written: int  # octets of the request that upstream took
-    sent_at: float | None  # when it had taken all of them; None: it has not
-    answer: bytes | None  # what upstream then answered, in one read; None: nothing yet
-    first_byte_at: float | None  # when that was read
-    response_head: ResponseHead | None  # what the client is told, as the answer was whole; None: nothing yet
-    octets: bytes  # what the client is told: head and body
-    body_size: int  # how many of these octets are the body
-    chunks: ChunkedFraming | None  # the framing of that body, which it was fed; None: a length, or no body
-    taken: int  # how many of these octets the client took
-    error: Exception | None  # what the last step met, if it did not merely have to wait
+    # Made for each small request: so what has not come about yet is said here, and costs nothing.
+    upstream_written = 0  # octets of the request that upstream took
+    sent_at: float | None = None  # when it had taken all of them; None: it has not
+    answer: bytes | None = None  # what upstream then answered, in one read; None: nothing yet
+    first_byte_at: float | None = None  # when that was read
+    response_head: ResponseHead | None = None  # what the client is told, as the answer was whole
+    octets = b""  # what the client is told: head and body
+    framing: Framing = NO_BODY  # of that body, which it was fed
+    client_written = 0  # how many of these octets the client took
+    last_byte_at: float | None = None  # when it had taken all of them: no relay is needed
+    error: Exception | None = None  # what the last step met, if it did not merely have to wait
+
+    def __init__(self, request_read: int, keep_alive: bool) -> None:
+        """``request_read`` octets of body have come, which are all; ``keep_alive``: the client may ask again."""
+        self.request_read = request_read
+        self.keep_alive = keep_alive
 
 
 class Relay:
@@ -5534,11 +5523,11 @@ class Relay:
         "events",
         "first_byte_at",
         "guarded",
-        "head_octets",
         "hung_up_ahead",
         "last_byte_at",
         "memory",
         "message_stream",
+        "partial_head",
         "pipes",
         "prepared",
         "proxy_name",
@@ -5566,7 +5555,7 @@ class Relay:
         bounds: dict[str, Bound],
         waiter: Waiter,
         pipes: PipeStore,
-        request: RequestHead,
+        head: RequestHead,
         prepared: PreparedRequest,
         framing: Framing,
         request_id: bytes,
@@ -5576,7 +5565,7 @@ class Relay:
         self.bounds = bounds
         self.waiter = waiter
         self.pipes = pipes
-        self.request_head = request
+        self.request_head = head
         self.prepared = prepared
         self.request_id = request_id
         self.proxy_name = proxy_name
@@ -5588,7 +5577,7 @@ class Relay:
         self.response = Flow(NO_BODY)
         self.response.sink = waiter.client
         self.response_head: ResponseHead | None = None
-        self.head_octets = b""  # of a response head whose end has not come
+        self.partial_head = b""  # of a response head whose end has not come
         self.residue = b""  # what the client sent behind this request
         self.tunnel = False
         self.message_stream = False
@@ -5598,15 +5587,13 @@ class Relay:
         self.client_fin = False  # seen, and allowed
         self.client_hung_up = False  # both sides have ended, or it is gone: it is no longer polled for
         self.client_gone = False  # what a unix socket says before we have ended: it takes nothing any more
-        self.broken: Abort | None = (
-            None  # why no more of the request can be written; judged when upstream's answer is known
-        )
+        # Why no more of the request can be written; judged when upstream's answer is known.
+        self.broken: Abort | None = None
         # Upstream's connection has failed, or ended (in a tunnel: both ways), while what came before waits for the
         # client. Its error is not asked for: that would take it, and a read behind the last octet then shows an end.
         self.hung_up_ahead = False
-        self.body_reads = (
-            0  # reads of the request body beyond what came with the head: those octets can't be sent again
-        )
+        # Reads of the request body beyond what came with the head: those octets can't be sent again.
+        self.body_reads = 0
         self._noted_head: ResponseHead | None = None  # see note_progress
         self._noted_finished: bool | None = None
         self._head_from = ENDLESS  # what response.written was when the final head was queued
@@ -5721,7 +5708,7 @@ class Relay:
 
     # -- the loop ----------------------------------------------------------------------------------
 
-    def run(self, begun: Begun | None = None) -> None:
+    def run(self, begun: AtOnce | None) -> None:
         """Relay until the response is whole, or a tunnel has ended on both sides; ``begun`` is what was done before.
 
         Raises: Abort.
@@ -5745,13 +5732,13 @@ class Relay:
                 self._client_ends(waiter.peek_client(), allow_half_close)
             raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
-            client_events = (-1 if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
+            client_events = (LEFT_OUT if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
             upstream_events = 0
             due_at = None
             if request.pending:
                 if self.broken is None:
                     upstream_events = upstream.write_event
-            elif not request.finished and self.broken is None and not request.framing.complete:
+            elif self.broken is None and not request.framing.complete:
                 client_events = max(client_events, 0) | client.read_event
                 if client.has_unread:
                     due_at = 0.0
@@ -5901,15 +5888,15 @@ class Relay:
         flow.end = len(octets)
         flow.pending = True
 
-    def _go_on(self, begun: Begun, now: float) -> None:
+    def _go_on(self, begun: AtOnce, now: float) -> None:
         """Take over what was done before there was a relay: nothing of it is done or decided again. Raises: Abort, or
         the error of a bug.
         """
         request, client, upstream = self.request, self.client, self.upstream
         assert upstream is not None
         error, sent_at, answer = begun.error, begun.sent_at, begun.answer
-        if begun.written:
-            request.start = request.written = begun.written
+        if begun.upstream_written:
+            request.start = request.written = begun.upstream_written
             request.last_written_at = sent_at or now
         if sent_at is None:
             if isinstance(error, OSError):
@@ -5929,31 +5916,27 @@ class Relay:
             if isinstance(error, OSError):
                 raise self._abort(client, Operation.WRITE, error)
         elif error is not None:
-            self.head_octets = answer
+            self.partial_head = answer
         else:
             assert begun.first_byte_at is not None
             self._take_from_upstream(answer, len(answer), begun.first_byte_at)
         if error is not None:
             raise error
 
-    def _take_over_response(self, begun: Begun, head: ResponseHead, read: int, now: float) -> None:
+    def _take_over_response(self, begun: AtOnce, head: ResponseHead, read: int, now: float) -> None:
         """The client has been told a head, and upstream's answer, ``read`` octets, was whole."""
         response = self.response
         self.response_head = head
         self.first_byte_at = response.last_read_at = begun.first_byte_at
         self._head_from = 0
         response.read = read
-        if begun.chunks is not None:
-            response.framing = begun.chunks
-        elif begun.body_size:
-            response.framing = LengthFraming(begun.body_size)
-            response.framing.skip(begun.body_size)
+        response.framing = begun.framing
         response.octets = begun.octets
-        response.start = response.written = begun.taken
+        response.start = response.written = begun.client_written
         response.end = len(begun.octets)
-        response.fed_from = response.end - begun.body_size
+        response.fed_from = response.end - (read - head.size)
         response.pending = True
-        if begun.taken:
+        if begun.client_written:
             response.last_written_at = now
 
     def note_progress(self) -> None:
@@ -6024,7 +6007,7 @@ class Relay:
 
     # -- client to upstream ------------------------------------------------------------------------
 
-    def _take_request_octets(self, octets: bytes | bytearray, count: int, head_size: int = 0) -> None:
+    def _take_request_octets(self, octets: Octets, count: int, head_size: int = 0) -> None:
         """Feed the ``count`` octets that the client sent, and put what belongs to this request on the way.
 
         ``head_size`` octets of head are there already.
@@ -6071,7 +6054,7 @@ class Relay:
         request, client = self.request, self.client
         if ready & select.POLLERR and not ready & READABLE:
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        wanted = not request.pending and not request.framing.complete and self.broken is None and not request.finished
+        wanted = not request.pending and not request.framing.complete and self.broken is None
         if wanted and (ready & (client.read_event | HUNG_UP) or client.has_unread):
             self._pump_request(now)
             return
@@ -6080,42 +6063,20 @@ class Relay:
 
     def _client_ends(self, ready: int, allow_half_close: bool) -> None:
         """The client sends no more while its response is pending, or, under TLS, may be about to say so."""
-        client, request = self.client, self.request
+        client = self.client
         if ready & (select.POLLERR | select.POLLNVAL):
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
-        tls = client.is_tls
-        ours = not request.framing.complete and self.broken is None  # what comes next belongs to this request
-        if ours or not tls:
-            if not ready & HUNG_UP:
+        hung_up = bool(ready & HUNG_UP)
+        if client.is_tls and (self.request.framing.complete or self.broken is not None):
+            if not self._read_behind_request(hung_up):
                 return
-            if tls and not (allow_half_close or self.tunnel):
-                self._read_off_end()
-        else:
-            if len(self.residue) >= _MAX_RESIDUE and not ready & HUNG_UP:
-                return
-            octets = b"..."
-            while octets:
-                try:
-                    octets = client.read(FIRST_READ, NO_WAIT)
-                except BlockingIOError:
-                    if not ready & HUNG_UP:
-                        return
-                    break
-                except OSError as error:
-                    if self._ends_like_this(error):
-                        break
-                    raise self._abort(client, Operation.READ, error) from error
-                if octets and request.framing.complete:
-                    self.residue += octets
-                elif octets:
-                    # Of a body that upstream does not take: it can't be sent again.
-                    request.read += len(octets)
-                    self.body_reads += 1
-                if octets and not ready & HUNG_UP:
-                    return  # else its end is behind them
+        elif not hung_up:
+            return
+        elif client.is_tls and not (allow_half_close or self.tunnel):
+            self._read_off_end()
         if allow_half_close or self.tunnel:
             if not self.client_fin:
-                self._note("client", "fin")
+                self._add_event("client", "fin")
             self.client_fin = True
             self.client_hung_up = bool(ready & select.POLLHUP)
             self.client_gone = (
@@ -6123,6 +6084,35 @@ class Relay:
             )
             return
         raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
+
+    def _read_behind_request(self, hung_up: bool) -> bool:
+        """Under TLS, read what the client sends where no more of its request is wanted: one portion, while there is
+        room for it, or all there is if it has ``hung_up``, as its end is behind that.
+
+        Returns: whether it has come to its end. Raises: Abort.
+        """
+        request = self.request
+        if not hung_up and len(self.residue) >= _MAX_RESIDUE:
+            return False
+        while True:
+            try:
+                octets = self.client.read(FIRST_READ, NO_WAIT)
+            except BlockingIOError:
+                return hung_up
+            except OSError as error:
+                if self._ends_like_this(error):
+                    return True
+                raise self._abort(self.client, Operation.READ, error) from error
+            if not octets:
+                return True
+            if request.framing.complete:
+                self.residue += octets
+            else:
+                # Of a body that upstream does not take: it can't be sent again.
+                request.read += len(octets)
+                self.body_reads += 1
+            if not hung_up:
+                return False
 
     def _read_off_end(self) -> None:
         """Under TLS, find out how a client ended that has left in the middle of its request: what it sent before is
@@ -6141,7 +6131,7 @@ class Relay:
         if request.framing.opaque() >= _SPLICE_MIN and self._can_splice(request):
             self._splice(request, now)
             return
-        octets: bytes | bytearray
+        octets: Octets
         try:
             if request.bulk:
                 octets, view = request.bulk_buffer()
@@ -6161,7 +6151,7 @@ class Relay:
             raise abort from abort.original
         self._take_from_client(octets, count, now)
 
-    def _take_from_client(self, octets: bytes | bytearray, count: int, now: float) -> None:
+    def _take_from_client(self, octets: Octets, count: int, now: float) -> None:
         """Take ``count`` octets that were read from the client; none are its end."""
         request = self.request
         if not count:
@@ -6189,7 +6179,7 @@ class Relay:
         if self.tunnel:
             request.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             if not self.client_fin:
-                self._note("client", "fin")
+                self._add_event("client", "fin")
             self.client_fin = True
             self._flush_request(now)
             return
@@ -6216,7 +6206,8 @@ class Relay:
                 self.sent_at = self.awaited_from = time.monotonic()
                 if self.upstream_head_watch is not None:
                     self.upstream_head_watch.wait(self.sent_at)
-            elif self.upstream is not None:
+            else:
+                assert self.upstream is not None
                 self.upstream.end_write()
                 self.ended_at = time.monotonic()
         except BlockingIOError:
@@ -6235,7 +6226,7 @@ class Relay:
             self.ended_at = now
         elif self.awaited_from is None:
             self.awaited_from = now
-        self._note("upstream", "stopped_reading")
+        self._add_event("upstream", "stopped_reading")
 
     # -- upstream to client ------------------------------------------------------------------------
 
@@ -6245,7 +6236,7 @@ class Relay:
         if response.framing.opaque() >= _SPLICE_MIN and self._can_splice(response):
             self._splice(response, now)
             return
-        octets: bytes | bytearray
+        octets: Octets
         try:
             if response.bulk:
                 octets, view = response.bulk_buffer()
@@ -6320,7 +6311,7 @@ class Relay:
         ):
             raise broken from broken.original
 
-    def _take_from_upstream(self, octets: bytes | bytearray, count: int, now: float) -> None:
+    def _take_from_upstream(self, octets: Octets, count: int, now: float) -> None:
         """Take ``count`` octets that were read from upstream at ``now``; none are its end."""
         response = self.response
         if not count:
@@ -6353,7 +6344,7 @@ class Relay:
             response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False
             if self.tunnel:
-                self._note("upstream", "fin")
+                self._add_event("upstream", "fin")
             elif response.enchunk:
                 response.octets = _LAST_CHUNK
                 response.start, response.end = 0, len(_LAST_CHUNK)
@@ -6369,17 +6360,17 @@ class Relay:
             Operation.READ,
             Cause.CLOSED,
             detail=None
-            if self.response_head is not None or not self.head_octets
+            if self.response_head is not None or not self.partial_head
             else "its response head was not whole",
         )
 
     def _take_head_octets(self, octets: bytes, now: float) -> None:
         """Take octets of response heads: interim ones go on at once, the final one decides how the rest is relayed."""
         response = self.response
-        checked = len(self.head_octets)
+        checked = len(self.partial_head)
         if checked:
-            octets = self.head_octets + octets
-            self.head_octets = b""
+            octets = self.partial_head + octets
+            self.partial_head = b""
         memory = self.memory
         assert memory is not None
         while self.response_head is None:
@@ -6395,7 +6386,7 @@ class Relay:
                         limit=self.settings.max_head_size,
                         detail="the response head is too large",
                     )
-                self.head_octets = octets
+                self.partial_head = octets
                 try:
                     check_partial_response_head(octets, checked)
                 except MalformedMessage as error:
@@ -6427,7 +6418,7 @@ class Relay:
             if self.request_head.minor:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
-                self._note("upstream", str(status))
+                self._add_event("upstream", str(status))
                 self._flush_response(now)
             if not rest:
                 self.first_byte_at = None  # of the final response
@@ -6492,7 +6483,7 @@ class Relay:
         if stop < count:
             # Octets behind the end of a response belong to nothing we asked for.
             self.upstream_usable = False
-            self._note("upstream", "excess")
+            self._add_event("upstream", "excess")
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
@@ -6564,7 +6555,7 @@ class Relay:
         request.framing = ConnectionFraming()
         request.finished = False
         response.framing = ConnectionFraming()
-        self._note("upstream", "tunnel")
+        self._add_event("upstream", "tunnel")
         assert self.upstream is not None
         self._guard(self.client)
         self._guard(self.upstream)
@@ -6692,14 +6683,15 @@ class Relay:
         if endpoint.side is Side.UPSTREAM and refuses_certificate(error):
             # Under TLS 1.3 upstream judges our certificate when the handshake is over for us (RFC 8446 §4.4.2.4).
             phase, operation = Phase.TLS_HANDSHAKE, Operation.HANDSHAKE
-        return socket_abort(endpoint.side, phase, operation, error, dead_peer_limit(self.settings, endpoint))
+        return socket_abort(endpoint.side, phase, operation, error, self.settings.dead_peer_limit)
 
     def _socket_failed(self, endpoint: AnyEndpoint, operation: Operation) -> Abort:
         """Make the abort of a socket that poll reports as failed: the kernel keeps the reason until it is asked."""
         number = endpoint.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return failed_socket(self.settings, endpoint, self.phase_of(endpoint.side, operation), operation, number)
+        phase = self.phase_of(endpoint.side, operation)
+        return failed_socket(endpoint.side, phase, operation, number, self.settings.dead_peer_limit)
 
-    def _note(self, side: str, what: str) -> None:
+    def _add_event(self, side: str, what: str) -> None:
         if len(self.events) < 16:
             self.events.append((time.monotonic(), side, what))
 
@@ -6709,25 +6701,6 @@ def status_after_fin(settings: Settings) -> int | None:
     means that it has left.
     """
     return 400 if settings.client_half_close == "allow" else None
-
-
-def failed_socket(settings: Settings, endpoint: AnyEndpoint, phase: Phase, operation: Operation, number: int) -> Abort:
-    """Returns: the abort of a socket that poll reports as failed, with the ``number`` of the error that the kernel told
-    of it, 0 where that was told before: then it was a reset.
-    """
-    if not number:
-        return Abort(endpoint.side, phase, operation, Cause.RESET)
-    error = OSError(number, os.strerror(number))
-    return socket_abort(endpoint.side, phase, operation, error, dead_peer_limit(settings, endpoint))
-
-
-def dead_peer_limit(settings: Settings, endpoint: AnyEndpoint) -> Limit | None:
-    """Returns: the option behind the kernel's verdict ETIMEDOUT: the user timeout if set, else the one the keepalive
-    probes follow.
-    """
-    if endpoint.sock.family == socket.AF_UNIX:
-        return None
-    return settings.tcp_user_timeout or settings.peer_dead_timeout
 
 
 # --- proxy/record.py, line 1 ---
@@ -6741,7 +6714,7 @@ between.
 """
 
 
-# --- proxy/record.py, line 31 ---
+# --- proxy/record.py, line 30 ---
 
 _Made = typing.TypeVar("_Made")
 _BYTE_COUNTS = (
@@ -6769,9 +6742,8 @@ class Tally:
     def __init__(self, cells: memoryview) -> None:
         """``cells`` are ``len(NAMES)`` unsigned 64-bit numbers in memory that may be shared between processes."""
         self._cells = cells
-        self._lock = (
-            threading.Lock()
-        )  # guards _cells against the other threads of this process, the only one that writes them
+        # Guards _cells against the other threads of this process, the only one that writes them.
+        self._lock = threading.Lock()
 
     def add(self, index: int, count: int = 1) -> None:
         """Add to the count of ``NAMES[index]``."""
@@ -6792,7 +6764,7 @@ BEGUN, COMPLETE, REJECT, ABORT, CONNECTIONS, LOST_LINES = range(6)
 _EVENT_INDEX = {"request.complete": COMPLETE, "request.reject": REJECT, "request.abort": ABORT}
 
 
-class ConnectionNotes:
+class AboutConnection:
     """What all records of a client connection say alike."""
 
     __slots__ = ("client", "client_text", "connection_id", "fields_text", "pid", "slot")
@@ -6808,24 +6780,6 @@ class ConnectionNotes:
         self.fields_text = f'"connection_id":"{connection_id}","pid":{pid},"client":{_quote(client)}'
 
 
-class Outcome(typing.NamedTuple):
-    """What the record of a complete exchange says of both messages. Times are on the monotonic clock; counts are of
-    octets, as in the field ``bytes``, and ``request_read`` is that of the body alone.
-    """
-
-    response_head: ResponseHead
-    sent_at: float
-    first_byte_at: float
-    last_byte_at: float
-    request_read: int
-    client_written: int
-    upstream_read: int
-    upstream_written: int
-    request_body: int
-    response_body: int
-    keep_alive: bool  # whether the client's connection may be used again
-
-
 class Record:
     """One request from its first byte to its event. Used by the thread of the connection; others may read it."""
 
@@ -6837,16 +6791,14 @@ class Record:
         "about",
         "answered",
         "answered_bytes",
+        "at_once",
         "attempts",
-        "body_read",
         "client_evidence",
-        "client_written",
         "connected_at",
         "first_at",
         "head",
         "head_at",
         "head_read",
-        "outcome",
         "phase",
         "relay",
         "request_id",
@@ -6854,8 +6806,6 @@ class Record:
         "told_at",
         "upstream",
         "upstream_evidence",
-        "upstream_read",
-        "upstream_written",
     )
 
     def __init__(
@@ -6864,7 +6814,7 @@ class Record:
         tally: Tally,
         settle: collections.abc.Callable[["Record", Abort | None], Abort | None],
         request_id: str,
-        about: ConnectionNotes,
+        about: AboutConnection,
         first_at: float,
     ) -> None:
         """A request has begun: its first byte came at ``first_at``.
@@ -6884,13 +6834,8 @@ class Record:
         self.head_read = 0  # octets of the head
         self.head_at: float | None = None
         self.connected_at: float | None = None
-        self.outcome: Outcome | None = None  # of an exchange that needed no relay
-        # While there is no relay: the phase, octets of the body that have come, and of both messages what has passed.
-        self.phase = Phase.REQUEST_HEAD
-        self.body_read = 0
-        self.upstream_written = 0
-        self.upstream_read = 0
-        self.client_written = 0
+        self.phase = Phase.REQUEST_HEAD  # while there is no relay
+        self.at_once: AtOnce | None = None  # what was tried without one
         self.relay: Relay | None = None
         self.upstream: str | None = None
         self.abort: Abort | None = None
@@ -6971,29 +6916,25 @@ class Record:
 
     def bytes(self) -> dict[str, int]:
         """Returns: the ``bytes`` field."""
-        relay, outcome = self.relay, self.outcome
-        if outcome is not None:
-            return {
-                "client_read": self.head_read + outcome.request_read,
-                "client_written": outcome.client_written + self.answered_bytes,
-                "upstream_read": outcome.upstream_read,
-                "upstream_written": outcome.upstream_written,
-                "request_body": outcome.request_body,
-                "response_body": outcome.response_body,
-            }
+        relay, at_once = self.relay, self.at_once
         if relay is None:
+            if at_once is None:
+                counts = dict.fromkeys(_BYTE_COUNTS, 0)
+                counts["client_read"] = self.head_read
+                counts["client_written"] = self.answered_bytes
+                return counts
             return {
-                "client_read": self.head_read + self.body_read,
-                "client_written": self.client_written + self.answered_bytes,
-                "upstream_read": self.upstream_read,
-                "upstream_written": self.upstream_written,
-                "request_body": self.body_read if self.upstream_written else 0,
-                "response_body": 0,
+                "client_read": self.head_read + at_once.request_read,
+                "client_written": at_once.client_written + self.answered_bytes,
+                "upstream_read": len(at_once.answer or b""),
+                "upstream_written": at_once.upstream_written,
+                "request_body": at_once.request_read if at_once.upstream_written else 0,
+                "response_body": at_once.framing.content if at_once.last_byte_at is not None else 0,
             }
         return {
             "client_read": self.head_read + relay.request.read,
             "client_written": relay.response.written + self.answered_bytes,
-            "upstream_read": relay.response.read + len(relay.head_octets),
+            "upstream_read": relay.response.read + len(relay.partial_head),
             "upstream_written": relay.request.written,
             "request_body": relay.request.relayed_content(),
             "response_body": relay.response.relayed_content(),
@@ -7003,14 +6944,12 @@ class Record:
         """Returns: what the client was sent."""
         if self.answered is not None:
             return self.answered
-        if self.outcome is not None:
-            return self.outcome.response_head.status
         relay = self.relay
-        return (
-            relay.response_head.status
-            if relay is not None and relay.response_head is not None and relay.head_out
-            else None
-        )
+        exchange = relay or self.at_once
+        if exchange is None or exchange.response_head is None:
+            return None
+        is_out = relay.head_out if relay is not None else exchange.last_byte_at is not None
+        return exchange.response_head.status if is_out else None
 
     def _complete_line(self) -> str:
         """The line of ``request.complete``, without the general way through dictionaries where nothing is out of the
@@ -7019,37 +6958,39 @@ class Record:
         It is written for every small request, and the general way takes three times as long (scripts/bench).
         """
         head, first_at, head_at, connected_at = self.head, self.first_at, self.head_at, self.connected_at
+        relay = self.relay
+        exchange = relay or self.at_once
         assert head is not None
-        outcome = self.outcome or self._outcome_of_relay()
+        assert exchange is not None
+        response_head, sent_at = exchange.response_head, exchange.sent_at
+        first_byte_at, last_byte_at = exchange.first_byte_at, exchange.last_byte_at
         logged = head.logged or _say_alike(head)
-        if outcome is None or self.attempts or logged is None or head_at is None or connected_at is None:
+        if (
+            logged is None
+            or self.attempts
+            or (relay is not None and (relay.events or relay.tunnel))
+            or response_head is None
+            or head_at is None
+            or connected_at is None
+            or sent_at is None
+            or first_byte_at is None
+            or last_byte_at is None
+        ):
             return self._log.formatter.line("info", "request.complete", self.fields(None))
         what, method_and_target, expected_request = logged
         about = self.about
-        (
-            response_head,
-            sent_at,
-            first_byte_at,
-            last_byte_at,
-            request_read,
-            client_written,
-            upstream_read,
-            upstream_written,
-            request_body,
-            response_body,
-            _,
-        ) = outcome
+        counts = self.bytes()
         duration = f"{last_byte_at - first_at:.6f}"
         status = response_head.status
         expected_response = response_head.section.content_length
         return (
             f'{{"time":"{timestamp()}","level":"info","event":"request.complete","schema_version":{SCHEMA_VERSION},'
-            f'"message":"{what} answered {status} in {duration} s: {response_body:,} bytes of content'
+            f'"message":"{what} answered {status} in {duration} s: {counts["response_body"]:,} bytes of content'
             f' to client {about.client_text}","request_id":"{self.request_id}",{about.fields_text},'
             f'"upstream":{_quote(self.upstream or "")},{method_and_target},"status":{status},'
-            f'"bytes":{{"client_read":{self.head_read + request_read},"client_written":{client_written},'
-            f'"upstream_read":{upstream_read},"upstream_written":{upstream_written},'
-            f'"request_body":{request_body},"response_body":{response_body}}},'
+            f'"bytes":{{"client_read":{counts["client_read"]},"client_written":{counts["client_written"]},'
+            f'"upstream_read":{counts["upstream_read"]},"upstream_written":{counts["upstream_written"]},'
+            f'"request_body":{counts["request_body"]},"response_body":{counts["response_body"]}}},'
             f'"expected":{{"request_body":{expected_request},'
             f'"response_body":{"null" if expected_response is None else expected_response}}},'
             f'"duration_s":{duration},"timing_s":{{"head":{head_at - first_at:.6f},'
@@ -7057,69 +6998,25 @@ class Record:
             f'"first_byte":{first_byte_at - first_at:.6f},"last_byte":{duration}}}}}\n'
         )
 
-    def _outcome_of_relay(self) -> Outcome | None:
-        """Returns: the outcome of a relay that is done, None where there is more to tell."""
-        relay = self.relay
-        assert relay is not None
-        response_head, sent_at, first_byte_at = relay.response_head, relay.sent_at, relay.first_byte_at
-        last_byte_at = relay.last_byte_at
-        if (
-            relay.events
-            or relay.tunnel
-            or response_head is None
-            or sent_at is None
-            or first_byte_at is None
-            or last_byte_at is None
-        ):
-            return None
-        request, response = relay.request, relay.response
-        return Outcome(
-            response_head,
-            sent_at,
-            first_byte_at,
-            last_byte_at,
-            request.read,
-            response.written,
-            response.read,
-            request.written,
-            0 if request.framing is NO_BODY else request.relayed_content(),
-            response.relayed_content(),
-            not relay.close_client,
-        )
-
     def fields(self, abort: Abort | None) -> dict[str, object]:
         """Returns: the fields of the contract, those of an abort included if there is one."""
         now = time.monotonic()
-        relay, outcome = self.relay, self.outcome
-        response_head = relay.response_head if relay is not None else None
-        if outcome is not None:
-            response_head = outcome.response_head
-            now = outcome.last_byte_at
-        elif abort is None and relay is not None and relay.ended_at is not None:
-            now = relay.ended_at  # what was awaited after that is its delivery
+        relay, at_once = self.relay, self.at_once
+        if relay is not None:
+            if abort is None and relay.ended_at is not None:
+                now = relay.ended_at  # what was awaited after that is its delivery
+        elif at_once is not None and at_once.last_byte_at is not None:
+            now = at_once.last_byte_at
         first_at = self.first_at
         method, target = self.method_and_target()
-        timing: dict[str, float] = {}
-        expected: dict[str, int | None] = {
-            "request_body": self.head.section.content_length if self.head is not None else None,
-            "response_body": response_head.section.content_length if response_head is not None else None,
-        }
-        moments: list[tuple[str, float | None]] = [("head", self.head_at), ("connected", self.connected_at)]
-        if outcome is not None:
-            moments += [
-                ("request_sent", outcome.sent_at),
-                ("first_byte", outcome.first_byte_at),
-                ("last_byte", outcome.last_byte_at),
-            ]
-        elif relay is not None:
-            moments += [
-                ("request_sent", relay.sent_at),
-                ("first_byte", relay.first_byte_at),
-                ("last_byte", relay.last_byte_at),
-            ]
-        for name, at in moments:
-            if at is not None:
-                timing[name] = round(at - first_at, 6)
+        moments: dict[str, float | None] = {"head": self.head_at, "connected": self.connected_at}
+        response_head = None
+        exchange = relay or at_once  # both tell these under the same names
+        if exchange is not None:
+            response_head = exchange.response_head
+            moments["request_sent"] = exchange.sent_at
+            moments["first_byte"] = exchange.first_byte_at
+            moments["last_byte"] = exchange.last_byte_at
         fields: dict[str, object] = {
             "message": "",
             "request_id": self.request_id,
@@ -7131,9 +7028,12 @@ class Record:
             "target": target,
             "status": self.status(),
             "bytes": self.bytes(),
-            "expected": expected,
+            "expected": {
+                "request_body": self.head.section.content_length if self.head is not None else None,
+                "response_body": response_head.section.content_length if response_head is not None else None,
+            },
             "duration_s": round(now - first_at, 6),
-            "timing_s": timing,
+            "timing_s": {name: round(at - first_at, 6) for name, at in moments.items() if at is not None},
         }
         if self.attempts:
             fields["attempts"] = self.attempts
@@ -7171,10 +7071,10 @@ class Record:
         }
         if abort is not None:
             least: dict[str, object] = {
-                "side": abort.side.value,
-                "phase": abort.phase.value,
-                "operation": abort.operation.value if abort.operation is not None else None,
-                "cause": abort.cause.value,
+                "side": abort.side,
+                "phase": abort.phase,
+                "operation": abort.operation,
+                "cause": abort.cause,
                 "limit": _try(lambda: describe_limit(abort), None),
                 "error_type": abort.error_type,
                 "exception": _try(lambda: describe_exception(abort.original), None),
@@ -7193,13 +7093,7 @@ class Record:
         return fields
 
     def _abort_fields(self, abort: Abort, now: float) -> dict[str, object]:
-        fields: dict[str, object] = {
-            "side": abort.side.value,
-            "phase": abort.phase.value,
-            "operation": abort.operation.value if abort.operation is not None else None,
-            "cause": abort.cause.value,
-            "limit": describe_limit(abort),
-            "error_type": abort.error_type,
+        fields = describe_abort(abort) | {
             "exception": describe_exception(self._first_error(abort)),
             "stalled_s": self._stalled(now, refused=abort.reject),
             "socket": {"client": self.client_evidence, "upstream": self.upstream_evidence},
@@ -7302,7 +7196,7 @@ class Record:
         relay = self.relay
         if abort.phase is Phase.REQUEST_HEAD:
             return f"{counts['client_read']:,} bytes of the request head had come from {client}"
-        if relay is None and self.upstream_written:
+        if relay is None and counts["upstream_written"]:
             answered = counts["upstream_read"]
             return f"the request was sent from {client}, {upstream} had answered {answered:,} bytes"
         if relay is None or relay.upstream is None:
@@ -7364,13 +7258,7 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
         "expected": {"request_body": request.expected_request, "response_body": request.expected_response},
         "duration_s": round(duration_s, 6),
         "timing_s": {},
-        "side": abort.side.value,
-        "phase": abort.phase.value,
-        "operation": None,
-        "cause": abort.cause.value,
-        "limit": None,
-        "error_type": abort.error_type,
-        "exception": None,
+        **describe_abort(abort),
         "stalled_s": {},
         "socket": {"client": None, "upstream": None},
         "events": [],
@@ -7444,6 +7332,19 @@ def _error_text(error: BaseException | None) -> str:
     return printable(f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace"))[:200]
 
 
+def describe_abort(abort: Abort) -> dict[str, object]:
+    """Returns: the fields that say whose doing an abort was, when and why."""
+    return {
+        "side": abort.side,
+        "phase": abort.phase,
+        "operation": abort.operation,
+        "cause": abort.cause,
+        "limit": describe_limit(abort),
+        "error_type": abort.error_type,
+        "exception": describe_exception(abort.original),
+    }
+
+
 def describe_exception(error: BaseException | None) -> dict[str, object] | None:
     """Returns: the ``exception`` field: class, errno name and text, or None."""
     if error is None:
@@ -7488,15 +7389,13 @@ one place that asks the kernel for evidence, closes upstream, and answers the cl
 """
 
 
-# --- proxy/exchange.py, line 71 ---
+# --- proxy/exchange.py, line 70 ---
 
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
 _AT_ONCE_S = 5 * ANSWER_PATIENCE_S
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
-# Final responses that end with their head, whatever it says (RFC 9112 §6.3).
-_BODILESS = frozenset((204, 304))
 
 # After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before
 # the record is written.
@@ -7526,79 +7425,42 @@ Ending = typing.Literal[
 _UNTIL_SETTLED: Ending = "close"
 
 
-@dataclasses.dataclass(slots=True)
 class Worker:
-    """What the connections of one worker process share."""
+    """What the connections of one worker process share. Made in the process that serves them."""
 
-    settings: Settings
-    log: EventLog
-    tally: Tally
-    control: Control
-    pool: AnyPool
-    server_tls: ssl.SSLContext | None
-    pipes: PipeStore
-    slots: SlotStore
-    bounds: dict[str, Bound]  # bounds by the names that MalformedMessage uses
-    pid: int
-    ids: "itertools.count[int]"
-    id_prefix: str
-    # What each connection would otherwise have to work out for itself.
-    sections: SectionMemory
-    context: ForwardingContext | None
-    proxy_name: bytes
-    upstream_host: bytes
-    client_limits: bool  # whether any limit on the client's socket is set beyond those on the head
-    patient_from: int  # for which request a connection first waits in the read: the first one may be there already
-    may_skip_relay: bool  # whether an exchange without a relay is over before any limit could run out
-    watches_pulse: bool  # whether peers can vanish, and are watched for it
-    pulse_every_s: float  # how often they are looked at
-
-    def context_of(self, address: str) -> ForwardingContext:
-        """Returns: what the proxy says of a client with that address to upstream, from memory for the last address."""
-        client_address = address.encode("ascii")
-        context = self.context
-        if context is None or context.client_address != client_address:
-            self.context = context = ForwardingContext(
-                proxy_name=self.proxy_name,
-                client_address=client_address,
-                scheme=b"http" if self.server_tls is None else b"https",
-                upstream_host=self.upstream_host,
-            )
-        return context
-
-    def next_id(self) -> str:
-        """Returns: an id no other connection or request has, in this worker or another."""
-        return f"{self.id_prefix}{next(self.ids):08x}"
-
-
-def make_worker(
-    settings: Settings,
-    log: EventLog,
-    tally: Tally,
-    control: Control,
-    pool: AnyPool,
-    server_tls: ssl.SSLContext | None,
-    slots: SlotStore,
-) -> Worker:
-    """Put together what connections share. Call it in the process that serves them."""
-    return Worker(
-        settings=settings,
-        log=log,
-        tally=tally,
-        control=control,
-        pool=pool,
-        server_tls=server_tls,
-        pipes=PipeStore(),
-        slots=slots,
-        bounds={"max_head_size": settings.max_head_size, "max_fields": Bound("max_fields", MAX_FIELDS, "default")},
-        pid=os.getpid(),
-        ids=itertools.count(1),
-        id_prefix=os.urandom(6).hex(),
-        sections=SectionMemory(),
-        context=None,
-        proxy_name=settings.proxy_name.encode("ascii"),
-        upstream_host=upstream_host(settings.upstream).encode("ascii"),
-        client_limits=any(
+    def __init__(
+        self,
+        settings: Settings,
+        log: EventLog,
+        tally: Tally,
+        control: Control,
+        pool: AnyPool,
+        server_tls: ssl.SSLContext | None,
+        slots: SlotStore,
+    ) -> None:
+        self.settings = settings
+        self.log = log
+        self.tally = tally
+        self.control = control
+        self.pool = pool
+        self.server_tls = server_tls
+        self.slots = slots
+        self.pipes = PipeStore()
+        # Bounds by the names that MalformedMessage uses.
+        self.bounds = {
+            "max_head_size": settings.max_head_size,
+            "max_fields": Bound("max_fields", MAX_FIELDS, "default"),
+        }
+        self.pid = os.getpid()
+        self._ids = itertools.count(1)
+        self._id_prefix = os.urandom(6).hex()
+        # From here on, what each connection would otherwise have to work out for itself.
+        self.sections = SectionMemory()
+        self._context: ForwardingContext | None = None
+        self._proxy_name = settings.proxy_name.encode("ascii")
+        self._upstream_host = upstream_host(settings.upstream).encode("ascii")
+        # Whether any limit on the client's socket is set beyond those on the head.
+        self.client_limits = any(
             limit is not None
             for limit in (
                 settings.client_read_timeout,
@@ -7606,9 +7468,11 @@ def make_worker(
                 settings.client_write_timeout,
                 settings.client_write_deadline,
             )
-        ),
-        patient_from=1 if settings.defers_accept else 0,
-        may_skip_relay=all(
+        )
+        # For which request a connection first waits in the read: the first one may be there already.
+        self.patient_from = 1 if settings.defers_accept else 0
+        # Whether an exchange without a relay is over before any limit could run out.
+        self.may_skip_relay = all(
             limit is None or limit.seconds >= _AT_ONCE_S
             for limit in (
                 settings.client_write_timeout,
@@ -7619,20 +7483,37 @@ def make_worker(
                 settings.upstream_read_timeout,
                 settings.upstream_read_deadline,
             )
-        ),
-        watches_pulse=settings.peer_dead_timeout is not None and not isinstance(settings.listen, UnixAddress),
-        pulse_every_s=pulse_interval(settings.peer_dead_timeout),
-    )
+        )
+        # Whether clients can vanish, and are watched for it; how often both peers are looked at.
+        self.watches_pulse = settings.peer_dead_timeout is not None and not isinstance(settings.listen, UnixAddress)
+        self.pulse_every_s = pulse_interval(settings.peer_dead_timeout)
+
+    def context_of(self, address: str) -> ForwardingContext:
+        """Returns: what the proxy says of a client with that address to upstream, from memory for the last address."""
+        client_address = address.encode("ascii")
+        context = self._context
+        if context is None or context.client_address != client_address:
+            self._context = context = ForwardingContext(
+                proxy_name=self._proxy_name,
+                client_address=client_address,
+                scheme=b"http" if self.server_tls is None else b"https",
+                upstream_host=self._upstream_host,
+            )
+        return context
+
+    def next_id(self) -> str:
+        """Returns: an id no other connection or request has, in this worker or another."""
+        return f"{self._id_prefix}{next(self._ids):08x}"
 
 
 class ClientConnection:
     """Serves one client connection until it ends. Used by one thread; ``record`` may be read by others."""
 
     __slots__ = (
+        "_about",
         "_context",
         "_ending",
         "_memory",
-        "_notes",
         "_overdue",
         "_residue",
         "began_at",
@@ -7659,9 +7540,9 @@ class ClientConnection:
         self.connection_id = worker.next_id()
         self.began_at = time.monotonic()
         slot = worker.slots.take(self.connection_id, name)  # given back at the end of ``serve``
-        self._notes = ConnectionNotes(self.connection_id, name, worker.pid, slot)
+        self._about = AboutConnection(self.connection_id, name, worker.pid, slot)
         dead = settings.peer_dead_timeout
-        pulse = PeerPulse(dead.seconds) if dead is not None and worker.watches_pulse else None
+        pulse = PeerPulse() if worker.watches_pulse else None
         self.client: AnyEndpoint
         if worker.server_tls is None:
             self.client = Endpoint(sock, Side.CLIENT, name, pulse)
@@ -7727,7 +7608,7 @@ class ClientConnection:
             self.waiter.phase_of = lambda side, operation: Phase.TLS_HANDSHAKE
             self._watch_head(began_at, Operation.HANDSHAKE)
             while not client.handshake():
-                self.waiter.wait(client.read_event, -1, 0)
+                self.waiter.wait(client.read_event)
         except BlockingIOError:
             return self._shake_hands()  # poll was wrong about readiness
         except Abort as abort:
@@ -7737,12 +7618,12 @@ class ClientConnection:
             if isinstance(error, ssl.SSLEOFError):
                 failure = Abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, Cause.CLOSED, original=error)
             else:
-                dead = dead_peer_limit(self.settings, client)
-                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, dead)
+                limit = self.settings.dead_peer_limit
+                failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit)
             self._connection_abort(failure, began_at)
             return False
         finally:
-            self.waiter.watches.clear()
+            self.waiter.forget_phases()
         return True
 
     def _answer_plain_http(self, abort: Abort, *, head_only: bool) -> None:
@@ -7784,7 +7665,7 @@ class ClientConnection:
             return False
         worker = self.worker
         self.record = record = Record(
-            worker.log, worker.tally, self._settle, worker.next_id(), self._notes, time.monotonic()
+            worker.log, worker.tally, self._settle, worker.next_id(), self._about, time.monotonic()
         )
         self._ending = _UNTIL_SETTLED
         with record:
@@ -7902,7 +7783,6 @@ class ClientConnection:
                 )
             if not watching:
                 watching = True
-                waiter.phase_of = _request_head_phase
                 self._watch_head(record.first_at, Operation.READ)
             waiter.slot.begin(record.first_at, len(octets))
             scanned_from = max(0, len(octets) - 3)
@@ -7930,13 +7810,13 @@ class ClientConnection:
         client = self.client
         while True:
             if not client.has_unread:
-                self.waiter.wait(client.read_event, -1, 0)
+                self.waiter.wait(client.read_event)
             try:
                 more = client.read(_HEAD_READ, NO_WAIT)
             except BlockingIOError:
                 continue  # nothing to read after all: wait again, under the same limit
             except OSError as error:
-                limit = dead_peer_limit(self.settings, client)
+                limit = self.settings.dead_peer_limit
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
             if not more:
                 status = status_after_fin(self.settings)
@@ -8019,12 +7899,11 @@ class ClientConnection:
         self.waiter.next_pulse_at = record.first_at + self.waiter.pulse_every_s
         body, self._residue = self._residue, b""
         request_id = record.request_id.encode("ascii")
-        octets = serialize_request(head, prepared, request_id)
+        head_octets = serialize_request(head, prepared, request_id)
         record.phase = Phase.CONNECT
         pool = worker.pool  # a reload may put another in its place meanwhile
         self.lease = connection = pool.lease()
         upstream = connection.endpoint
-        begun = None
         if (
             upstream is not None  # kept from an earlier request
             and upstream.patience_s
@@ -8033,13 +7912,12 @@ class ClientConnection:
         ):
             record.upstream = upstream.name
             record.connected_at = time.monotonic()
-            begun = self._exchange_at_once(record, head, prepared, request_id, octets, body, connection)
-            if record.outcome is not None:  # all of it is done
+            if self._exchange_at_once(record, head, prepared, request_id, head_octets, body, connection):
                 pool.release(connection)
                 self.lease = None
                 return
             record.phase = Phase.RESPONSE_HEAD
-        self._relay(record, head, prepared, request_id, octets, body, connection, pool, begun)
+        self._relay(record, head, prepared, request_id, head_octets, body, connection, pool)
 
     def _exchange_at_once(
         self,
@@ -8047,92 +7925,60 @@ class ClientConnection:
         head: RequestHead,
         prepared: PreparedRequest,
         request_id: bytes,
-        octets: bytes,
+        head_octets: bytes,
         body: bytes,
         connection: AnyConnection,
-    ) -> Begun | None:
+    ) -> bool:
         """Relay without a ``Relay``: send a request that is whole, and pass on an answer that comes at once, is whole
         in one read, and does not end with its connection. Most are like that, and it takes half of the instructions
         (docs/performance.md).
 
-        Returns: None if it was so, and the record has its outcome; else what has happened so far, and a relay has to
-        go on from there. Raises nothing.
+        Returns: whether it was so; else a relay has to go on from ``record.at_once``. Raises nothing.
         """
         client, upstream = self.client, connection.endpoint
         assert upstream is not None
-        request = octets + body
+        request = head_octets + body
         size = len(request)
-        content = record.body_read = len(body)
+        content = len(body)
         self.waiter.slot.describe(record.first_at, head, request_id, upstream.name, content, size, content)
-        response_octets = b""
-        written = taken = 0
-        sent_at = first_byte_at = answer = response_head = body_size = chunks = None
-        error: Exception | None = None
+        record.at_once = exchange = AtOnce(content, prepared.keep_alive)
         try:
-            written = record.upstream_written = upstream.write(request, NO_WAIT)
+            exchange.upstream_written = written = upstream.write(request, NO_WAIT)
             if written == size:
-                sent_at = time.monotonic()
-                answer = self.waiter.read_soon(upstream, FIRST_READ)
-                first_byte_at = time.monotonic()
-                record.upstream_read = len(answer)
+                exchange.sent_at = time.monotonic()
+                exchange.answer = answer = self.waiter.read_soon(upstream, FIRST_READ)
+                exchange.first_byte_at = time.monotonic()
                 head_size = answer.find(b"\r\n\r\n") + 4
-                if 4 <= head_size <= self.settings.max_head_size.value:
+                max_size = self.settings.max_head_size.value
+                if 4 <= head_size <= max_size:
                     parsed = parse_response_head(answer[:head_size], connection.memory)
                     response = prepare_response(parsed, self._context.proxy_name, dechunk=False)
                     status = parsed.status
-                    body_size = parsed.section.content_length
-                    if status in _BODILESS or head.method == b"HEAD":
-                        body_size = 0
-                    elif parsed.section.chunked:
-                        chunks = ChunkedFraming(self.settings.max_head_size.value, parsed.section.options)
-                        stop = chunks.feed(answer, head_size, len(answer))
-                        if chunks.complete:
-                            body_size = stop - head_size
+                    framing = response_framing(status, parsed.section, head.method, max_size)
                     if (
-                        body_size is not None
-                        and head_size + body_size == len(answer) < FIRST_READ
+                        framing.feed(answer, head_size, len(answer)) == len(answer) < FIRST_READ
+                        and framing.complete
                         and status >= 200
                         and status != 426  # its Upgrade field is put together by the relay
                         and response.keep_alive
                         and not self.worker.control.draining
                     ):
                         close = b"" if prepared.keep_alive else b"Connection: close\r\n"
-                        response_octets = serialize_response(parsed, response, close, request_id) + answer[head_size:]
-                        response_head = parsed
-                        taken = record.client_written = client.write(response_octets, NO_WAIT)
-                        if taken == len(response_octets):
-                            record.outcome = Outcome(
-                                response_head,
-                                sent_at,
-                                first_byte_at,
-                                time.monotonic(),
-                                content,
-                                taken,
-                                len(answer),
-                                written,
-                                content,
-                                body_size if chunks is None else chunks.content,
-                                prepared.keep_alive,
-                            )
-                            return None
+                        told = serialize_response(parsed, response, close, request_id) + answer[head_size:]
+                        exchange.octets = told
+                        exchange.framing = framing
+                        exchange.response_head = parsed
+                        exchange.client_written = taken = client.write(told, NO_WAIT)
+                        if taken == len(told):
+                            exchange.last_byte_at = time.monotonic()
+                            return True
         except (BlockingIOError, MalformedMessage):
             pass  # the relay waits for it, or finds the same
         except OSError as failure:
-            error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
+            exchange.error = failure.with_traceback(None)  # which would hold on to this frame, and the frame to it
         except Exception as other:  # noqa: BLE001  # an Abort or a bug: raised by the relay, which can say how far it had come
-            error = other
-        return Begun(
-            written,
-            sent_at,
-            answer,
-            first_byte_at,
-            response_head,
-            response_octets,
-            body_size or 0,
-            chunks,
-            taken,
-            error,
-        )
+            exchange.error = other
+        return False
 
     def _relay(
         self,
@@ -8140,16 +7986,15 @@ class ClientConnection:
         head: RequestHead,
         prepared: PreparedRequest,
         request_id: bytes,
-        octets: bytes,
+        head_octets: bytes,
         body: bytes,
         connection: AnyConnection,
         pool: AnyPool,
-        begun: Begun | None,
     ) -> None:
         """Relay over a leased connection; once more over a fresh one where the first had gone stale.
 
-        ``octets`` are the head for upstream, ``body`` is what has come behind the client's, ``begun`` what was done
-        with both over this connection. Raises: Abort.
+        ``head_octets`` are for upstream, ``body`` is what has come behind the client's; ``record.at_once`` says
+        what was done with both over this connection. Raises: Abort.
         """
         waiter = self.waiter
         slot = waiter.slot
@@ -8189,12 +8034,12 @@ class ClientConnection:
             if now is None:
                 record.connected_at = now = time.monotonic()
             try:
-                relay.attach(upstream, connection.memory, octets, body, now)
+                relay.attach(upstream, connection.memory, head_octets, body, now)
                 behind = len(relay.residue)
                 request = relay.request
                 content = request.framing.content
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
-                relay.run(begun)
+                relay.run(record.at_once)
             except Abort as last:
                 # Which event came first is decided here and, where both sides spoke at once, in Relay.run. And a kept
                 # connection that had gone stale proves nothing about upstream.
@@ -8205,7 +8050,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
-                record.upstream = record.connected_at = begun = None
+                record.upstream = record.connected_at = record.at_once = None
                 self._drop_lease()
                 relay.release()
                 if client_read is not None:
@@ -8282,7 +8127,8 @@ class ClientConnection:
                     number = self.client.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if number or client_ready & select.POLLERR:
                         # A reset, or the kernel's verdict that nobody is there any more.
-                        raise failed_socket(self.settings, self.client, Phase.CONNECT, Operation.READ, number)
+                        dead_limit = self.settings.dead_peer_limit
+                        raise failed_socket(Side.CLIENT, Phase.CONNECT, Operation.READ, number, dead_limit)
                     raise Abort(Side.CLIENT, Phase.CONNECT, Operation.READ, Cause.CLOSED)
                 if upstream_ready or (due_at is not None and now >= due_at):
                     return bool(upstream_ready)
@@ -8311,7 +8157,7 @@ class ClientConnection:
         except BlockingIOError:
             pass  # what came was TLS's own, or a part of a record
         except OSError as error:
-            limit = dead_peer_limit(self.settings, self.client)
+            limit = self.settings.dead_peer_limit
             raise socket_abort(Side.CLIENT, Phase.CONNECT, Operation.READ, error, limit) from error
         finally:
             if len(parts) > 1:
@@ -8323,13 +8169,7 @@ class ClientConnection:
         upstream = connection.endpoint
         assert upstream is not None
         self.waiter.forget_upstream()
-        if (
-            relay.upstream_usable
-            and relay.request.finished
-            and not relay.tunnel
-            and not upstream.has_unread
-            and not upstream.mid_record
-        ):
+        if relay.upstream_usable and relay.request.finished and not upstream.has_unread and not upstream.mid_record:
             upstream.end_splice()
             pool.release(connection)
             self.lease = None
@@ -8371,10 +8211,10 @@ class ClientConnection:
         """
         relay = record.relay
         if abort is None:
-            if record.outcome is not None:
-                self._ending = "keep" if record.outcome.keep_alive else "finish"
+            if relay is None:
+                assert record.at_once is not None
+                self._ending = "keep" if record.at_once.keep_alive else "finish"
                 return None
-            assert relay is not None
             try:
                 if relay.response.written >= _SETTLE_MIN:
                     relay.note_progress()
@@ -8444,7 +8284,7 @@ class ClientConnection:
             # A hang-up is no failure: both sides have ended what they write, and the queue still drains. It would end
             # each wait at once, so the client is not polled for after it.
             try:
-                ready, _, _ = waiter.wait(-1 if hung_up else 0, -1, 0, min(until, now + pause_s))
+                ready, _, _ = waiter.wait(LEFT_OUT if hung_up else 0, due_at=min(until, now + pause_s))
             except Abort as abort:
                 if abort.cause is Cause.SHUTDOWN:
                     return  # all was written; that its delivery is no longer awaited makes no abort of it
@@ -8456,7 +8296,7 @@ class ClientConnection:
                 info = tcp_info(sock)
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if number or (info is not None and info.state == "CLOSED"):
-                    raise failed_socket(self.settings, self.client, phase, Operation.WRITE, number)
+                    raise failed_socket(Side.CLIENT, phase, Operation.WRITE, number, self.settings.dead_peer_limit)
             pause_s = min(pause_s * 2, 0.05)
 
     def _tell_client(self, record: Record, abort: Abort) -> None:
@@ -8468,10 +8308,12 @@ class ClientConnection:
             and abort.status is None
         )
         self._ending = "close"
-        if gone or record.outcome is not None:
+        if gone:
             return
-        if relay is None and record.client_written:
-            self._ending = "cut"
+        if relay is None and record.at_once is not None and record.at_once.client_written:
+            # What failed is behind a response that is whole, or kept a relay from going on with it.
+            if record.at_once.last_byte_at is None:
+                self._ending = "cut"
             return
         if relay is None or not (relay.head_out or relay.mid_head):
             if self.client.mid_write:
@@ -8654,19 +8496,9 @@ def log_connection_abort(
         pid=worker.pid,
         client=client,
         duration_s=round(duration_s, 6),
-        side=abort.side.value,
-        phase=abort.phase.value,
-        operation=abort.operation.value if abort.operation else None,
-        cause=abort.cause.value,
-        limit=describe_limit(abort),
-        error_type=abort.error_type,
-        exception=describe_exception(abort.original),
+        **describe_abort(abort),
         socket={"client": evidence, "upstream": None},
     )
-
-
-def _request_head_phase(side: Side, operation: Operation) -> Phase:
-    return Phase.REQUEST_HEAD
 
 
 def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
@@ -8678,7 +8510,7 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
         # Many servers that end an idle connection leave close_notify out.
         and (abort.cause in (Cause.CLOSED, Cause.RESET) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
-        and not relay.head_octets
+        and not relay.partial_head
         and relay.body_reads == 0
         and (head.method in _IDEMPOTENT or relay.request.written == 0)
     )
@@ -8687,9 +8519,9 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
 def _attempt(abort: Abort, upstream: str) -> dict[str, object]:
     return {
         "upstream": upstream,
-        "phase": abort.phase.value,
-        "operation": abort.operation.value if abort.operation else None,
-        "cause": abort.cause.value,
+        "phase": abort.phase,
+        "operation": abort.operation,
+        "cause": abort.cause,
         "exception": describe_exception(abort.original),
     }
 
@@ -8704,7 +8536,7 @@ Decides which thread serves a connection and how many there may be. What happens
 """
 
 
-# --- proxy/server.py, line 23 ---
+# --- proxy/server.py, line 24 ---
 
 # A thread that has nothing to do waits in accept; more than this many would only take memory.
 _MAX_IDLE_THREADS = 64
@@ -8737,16 +8569,15 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     threads is on the way of a request; whoever takes the last waiting place starts another thread first.
     """
 
-    daemon_threads = True
-
-    def __init__(self, worker: Worker, listener: socket.socket, all_connections: "typing.Callable[[], int]") -> None:
+    def __init__(
+        self, worker: Worker, listener: socket.socket, all_connections: collections.abc.Callable[[], int]
+    ) -> None:
         """Take over ``listener``, which listens already. ``all_connections`` counts the client connections of all
         workers.
         """
         super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = _Listener(listener)
-        self.server_address = self.socket.getsockname()
         self.worker = worker
         self.is_unix = self.socket.family == socket.AF_UNIX
         self._all_connections = all_connections
@@ -8791,7 +8622,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """What each thread does: accept a connection, serve it to its end, and again."""
         while True:
             try:
-                request, address = self.get_request()
+                sock, address = self.get_request()
             except OSError as error:
                 if self._stopped or error.errno == errno.EINVAL:
                     break  # the listener was shut: by this worker, or by another one that shares it
@@ -8808,7 +8639,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                 is_last = self._idle == 0 and not self._stopped
             if is_last:
                 self._start_thread()
-            self.process_request(request, address)
+            self.process_request(sock, address)
             with self._lock:
                 if self._stopped or self._idle >= _MAX_IDLE_THREADS:
                     self._threads -= 1
@@ -8837,7 +8668,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             else:
                 self._turn_away(request, client_address)
         except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
-            self.handle_error(request, client_address, error)
+            self._log_bug(request, client_address, error, None)
         finally:
             if not overflow:
                 tally.add(CONNECTIONS, -1)
@@ -8845,24 +8676,19 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _name(self, address: typing.Any) -> tuple[str, str]:
         """Returns: the client's name for the log, and its address for X-Forwarded-For."""
         if self.is_unix:
-            path = (
-                self.server_address
-                if isinstance(self.server_address, str)
-                else os.fsdecode(typing.cast(bytes, self.server_address))
-            )
-            return f"unix:{path_text(path)}", "unknown"
+            return path_text(str(self.worker.settings.listen)), "unknown"
         host, port = address[0], address[1]
         host = host.removeprefix("::ffff:") if "." in host else host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host
 
-    def _serve(self, request: socket.socket, address: typing.Any, *, overflow: bool) -> None:
+    def _serve(self, sock: socket.socket, address: typing.Any, *, overflow: bool) -> None:
         name, host = self._name(address)
-        connection = ClientConnection(self.worker, request, name, host, overflow=overflow)
+        connection = ClientConnection(self.worker, sock, name, host, overflow=overflow)
         self.connections.add(connection)  # one operation each, which no other thread can come into
         try:
             connection.serve()
         except Exception as error:  # noqa: BLE001  # a bug outside of any request: logged, and the thread lives on
-            self.handle_error(request, address, error, connection)
+            self._log_bug(sock, address, error, connection)
         finally:
             self.connections.discard(connection)
 
@@ -8873,31 +8699,27 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._overflow += 1
             return True
 
-    def _turn_away(self, request: socket.socket, address: typing.Any) -> None:
-        evidence = socket_evidence(request)
-        request.close()
+    def _turn_away(self, sock: socket.socket, address: typing.Any) -> None:
+        evidence = socket_evidence(sock)
+        sock.close()
         limit = self.worker.settings.max_connections
         name, _ = self._name(address)
         message = f"{limit} closed a connection of client {name} unread: too many others wait for their 503"
         abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.LIMIT, limit=limit)
         log_connection_abort(self.worker, abort, message, self.worker.next_id(), name, 0.0, evidence)
 
-    def handle_error(
-        self,
-        request: typing.Any,
-        client_address: typing.Any,
-        error: Exception | None = None,
-        connection: ClientConnection | None = None,
+    def _log_bug(
+        self, sock: socket.socket, address: typing.Any, error: Exception, connection: ClientConnection | None
     ) -> None:
         """A bug outside of any request is one ``connection.abort``, with the connection closed."""
-        evidence = socket_evidence(request)
-        request.close()
+        evidence = socket_evidence(sock)
+        sock.close()
         what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
         message = f"a bug in the proxy ended a connection: {what}"
         abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.INTERNAL, original=error)
         client_id = connection.connection_id if connection is not None else self.worker.next_id()
         duration_s = time.monotonic() - connection.began_at if connection is not None else 0.0
-        name, _ = self._name(client_address)
+        name, _ = self._name(address)
         log_connection_abort(self.worker, abort, message, client_id, name, duration_s, evidence)
 
     def _complain(self, what: str, error: BaseException) -> None:
@@ -8924,17 +8746,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         os.set_blocking(self.socket.fileno(), False)
         for _ in range(backlog + 1):  # more have come since
             try:
-                request, address = self.socket.accept()
+                sock, address = self.socket.accept()
             except OSError:
                 break  # the queue is empty
             with self._lock:
                 self._queued += 1
             try:
-                threading.Thread(target=self._serve_queued, args=(request, address), daemon=True).start()
+                threading.Thread(target=self._serve_queued, args=(sock, address), daemon=True).start()
             except RuntimeError as error:
                 with self._lock:
                     self._queued -= 1
-                request.close()
+                sock.close()
                 self._complain("no more threads can be started; a connection from the queue was closed unread", error)
         try:
             # Wakes the threads that wait in accept.
@@ -8942,9 +8764,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         except OSError:
             return  # a listener of another worker's as well, and that one was first
 
-    def _serve_queued(self, request: typing.Any, address: typing.Any) -> None:
+    def _serve_queued(self, sock: socket.socket, address: typing.Any) -> None:
         try:
-            self.process_request(request, address)
+            self.process_request(sock, address)
         finally:
             with self._lock:
                 self._queued -= 1
@@ -8975,7 +8797,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
-_SLOT_BYTES = len(Tally.NAMES) * _CELL_BYTES
+_WORKER_BYTES = len(Tally.NAMES) * _CELL_BYTES
 _DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
 # What a worker reports when it accepts connections; anything else is why it can't.
 _SERVES = b"\0"
@@ -8991,12 +8813,11 @@ _MORE_ROOM = "allow more open files and processes (ulimit -n and -u), or set few
 
 
 class SharedCounts:
-    """The counts of all workers, in memory they share: one slot each, written by that worker alone."""
+    """The counts of all workers, in memory they share: cells of its own for each, which that worker alone writes."""
 
     def __init__(self, workers: int) -> None:
-        self._memory = mmap.mmap(-1, workers * _SLOT_BYTES)
+        self._memory = mmap.mmap(-1, workers * _WORKER_BYTES)
         self._cells = memoryview(self._memory).cast("Q")
-        self.workers = workers
 
     def cells(self, index: int) -> memoryview:
         """Returns: the cells of one worker."""
@@ -9154,7 +8975,7 @@ class WorkerProcess:
         self.tally = Tally(counts.cells(index))
         # At once, as this process may be killed; the one above counts its own lines itself.
         log.on_loss = functools.partial(self.tally.add, LOST_LINES)
-        self.worker: Worker = make_worker(
+        self.worker = Worker(
             settings,
             log,
             self.tally,
@@ -9360,7 +9181,7 @@ class Supervisor:
             workers=sorted(self.pids),
             settings=self.settings.describe(),
         )
-        self._note(configuration_notes(self.settings, os.environ))
+        self._log_notes(configuration_notes(self.settings, os.environ))
         notify_systemd("READY=1")
         poller = select.poll()
         poller.register(wake_read, select.POLLIN)
@@ -9385,7 +9206,7 @@ class Supervisor:
                     self._start_again(index)
         return self._report(began_at)
 
-    def _note(self, notes: list[str]) -> None:
+    def _log_notes(self, notes: list[str]) -> None:
         """Log what is worth a look in the configuration."""
         for note in notes:
             self.log.event("warning", "server.note", message=note, pid=os.getpid())
@@ -9445,32 +9266,9 @@ class Supervisor:
             raise
         if pid == 0:
             status = 1
-            report_to = None
             try:
                 os.close(write_end)
-                if reports is not None:
-                    os.close(reports[0])
-                    report_to = reports[1]
-                for fd in self.wake:
-                    os.close(fd)
-                for other in self.pipes.values():
-                    os.close(other)  # or a worker would not see the end of the process above
-                signal.set_wakeup_fd(-1)
-                for number in self._SIGNALS:
-                    signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
-                listener = self.listeners[index % len(self.listeners)]
-                try:
-                    worker = WorkerProcess(
-                        index, self.settings, self.log, listener, self.counts, self.contexts, read_end, self.in_flight
-                    )
-                except OSError as error:
-                    if report_to is None:
-                        raise
-                    os.write(report_to, (error.strerror or str(error)).encode("utf-8", "replace"))
-                    return  # by way of finally
-                worker.run(report_to)
-                status = 0
+                status = self._be_worker(index, read_end, reports)
             except BaseException as error:  # noqa: BLE001  # a worker that can't run says why before it is gone
                 self.log.event(
                     "error",
@@ -9487,6 +9285,33 @@ class Supervisor:
         self.pids[pid] = index
         self.pipes[index] = write_end
         self.started_at[index] = time.monotonic()
+
+    def _be_worker(self, index: int, control_fd: int, reports: tuple[int, int] | None) -> int:
+        """Let go of what is of the process above, and serve. Called in the new process. Returns: its exit status."""
+        report_to = None
+        if reports is not None:
+            reading, report_to = reports
+            os.close(reading)
+        for fd in self.wake:
+            os.close(fd)
+        for other in self.pipes.values():
+            os.close(other)  # or a worker would not see the end of the process above
+        signal.set_wakeup_fd(-1)
+        for number in self._SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
+        listener = self.listeners[index % len(self.listeners)]
+        try:
+            worker = WorkerProcess(
+                index, self.settings, self.log, listener, self.counts, self.contexts, control_fd, self.in_flight
+            )
+        except OSError as error:
+            if report_to is None:
+                raise
+            os.write(report_to, (error.strerror or str(error)).encode("utf-8", "replace"))
+            return 1
+        worker.run(report_to)
+        return 0
 
     def _handle(self, number: int) -> None:
         if number in self._STOP:
@@ -9511,7 +9336,7 @@ class Supervisor:
             # Bad files leave the old contexts in use, here as in the workers, each of which logs what is wrong.
             with contextlib.suppress(ConfigError):
                 self.contexts = read_contexts(self.settings)
-                self._note(certificate_notes(self.settings))
+                self._log_notes(certificate_notes(self.settings))
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:
             self.log.reopen()

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import resource
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -77,14 +78,20 @@ def raise_file_limit() -> None:
 
 
 def describe_machine() -> str:
-    """Name processor, cores and kernel in one line."""
+    """Name processor, cores, kernel, system, and the Python and OpenSSL that ours runs on, in one line."""
     model = "unknown processor"
     for line in (PROC / "cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             model = " ".join(line.split(":", 1)[1].split())
             break
     cores = len(os.sched_getaffinity(0))
-    return f"{model}, {cores} cores, Linux {platform.release()}, CPython {platform.python_version()}"
+    try:
+        system = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:
+        system = "unknown system"
+    openssl = " ".join(ssl.OPENSSL_VERSION.split()[:2])
+    python = f"CPython {platform.python_version()} with {openssl}"
+    return f"{model}, {cores} cores, Linux {platform.release()}, {system}, {python}"
 
 
 class Disturbance:
