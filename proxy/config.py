@@ -103,7 +103,7 @@ class Option:
     group: str
     choices: tuple[str, ...] = ()
     shown_default: str = ""  # where the words of ``default`` would not explain it
-    least: int = 1  # for NUMBER and SIZE
+    least: int = 1  # for WORKERS, NUMBER and SIZE
     most: int = 2**63 - 1
 
     @property
@@ -165,6 +165,7 @@ OPTIONS: tuple[Option, ...] = (
         "processes that share the port; auto is one for each core",
         _GENERAL,
         shown_default="auto (cores)",
+        most=1024,
     ),
     Option(
         "max_connections",
@@ -628,7 +629,7 @@ def _parse_kind(option: Option, text: str, source: str) -> typing.Any:
         case Kind.UPSTREAM:
             return _parse_upstream(text)
         case Kind.WORKERS:
-            return _available_cores() if text == "auto" else _parse_number(text, 1, 1024)
+            return _available_cores() if text == "auto" else _parse_number(text, option.least, option.most)
         case Kind.NUMBER:
             return Bound(option.name, _parse_number(text, option.least, option.most), source)
         case Kind.SIZE:
@@ -666,7 +667,7 @@ def _example(option: Option) -> str:
         case Kind.UPSTREAM:
             return "write http://host:port, https://host:port or unix:///path"
         case Kind.WORKERS:
-            return "write a whole number from 1 to 1024, or auto"
+            return f"write a whole number from {option.least} to {option.most}, or auto"
         case Kind.NUMBER:
             return f"write a whole number from {option.least} to {option.most}"
         case Kind.SIZE:

@@ -186,6 +186,9 @@ class Case:
     kept: bool = True  # whether the client's connection takes another request after it
 
 
+_LATE_S = 0.2  # ten times as long as an answer is waited for at once: a busy machine finds none that early
+
+
 def _answered(way: str, *answer: bytes | float | str, ask: bytes = GET, abort: bool = False, kept: bool = True) -> Case:
     event = "request.abort" if abort else "request.complete"
     return Case((way,), answer, (ask,), event, kept and not abort)
@@ -225,12 +228,12 @@ CASES: dict[str, Case] = {
     "as much as a read": _answered(IN_VAIN, _sized(65536)),
     "one octet more than a read": _answered(IN_VAIN, _sized(65537)),
     "200 KiB": _answered(IN_VAIN, ok(random.Random(2).randbytes(200 * 1024))),
-    "late": _answered(IN_VAIN, 0.05, FINE),
+    "late": _answered(IN_VAIN, _LATE_S, FINE),
     "cut in the head": _answered(IN_VAIN, FINE[:20], 0.005, FINE[20:]),
     "cut before the last line feed": _answered(IN_VAIN, FINE[:-5], 0.005, FINE[-5:]),
     "cut behind the head": _answered(IN_VAIN, FINE[:-4], 0.005, FINE[-4:]),
     "cut in the body": _answered(IN_VAIN, FINE[:-2], 0.005, FINE[-2:]),
-    "cut in the body, late": _answered(IN_VAIN, FINE[:-2], 0.05, FINE[-2:]),
+    "cut in the body, late": _answered(IN_VAIN, FINE[:-2], _LATE_S, FINE[-2:]),
     "octet by octet": _answered(IN_VAIN, *_dripped(FINE)),
     "204": _answered(ANY, b"HTTP/1.1 204 None\r\nX: y\r\n\r\n"),
     "204 with a length": _answered(ANY, b"HTTP/1.1 204 None\r\nContent-Length: 0\r\n\r\n"),
@@ -244,14 +247,14 @@ CASES: dict[str, Case] = {
     "100 before it": _answered(IN_VAIN, b"HTTP/1.1 100 Continue\r\n\r\n" + FINE),
     "103 before it": _answered(IN_VAIN, b"HTTP/1.1 103 Hints\r\nLink: x\r\n\r\n" + FINE),
     "103 with a length": _answered(IN_VAIN, b"HTTP/1.1 103 Hints\r\nContent-Length: 0\r\n\r\n", 0.005, FINE),
-    "103 long before it": _answered(IN_VAIN, b"HTTP/1.1 103 Hints\r\n\r\n", 0.05, FINE),
+    "103 long before it": _answered(IN_VAIN, b"HTTP/1.1 103 Hints\r\n\r\n", _LATE_S, FINE),
     "chunked": _answered(AT_ONCE, _IN_CHUNKS + chunk(b"fine") + b"0\r\nX: y\r\n\r\n"),
     "chunked, no content": _answered(AT_ONCE, _IN_CHUNKS + b"0\r\n\r\n"),
     "chunked, many": _answered(AT_ONCE, _IN_CHUNKS + chunk(b"fine") * 1000 + chunk(b"x" * 30_000) + b"00\r\n\r\n"),
     "chunked, extended": _answered(AT_ONCE, _IN_CHUNKS + b"4;a=b;c\r\nfine\r\n0;last\r\n\r\n"),
     "chunked, one octet less than a read": _answered(AT_ONCE, _chunk_sized(65535)),
     "chunked, as much as a read": _answered(IN_VAIN, _chunk_sized(65536)),
-    "chunked, late": _answered(IN_VAIN, 0.05, _IN_CHUNKS + chunk(b"fine") + b"0\r\n\r\n"),
+    "chunked, late": _answered(IN_VAIN, _LATE_S, _IN_CHUNKS + chunk(b"fine") + b"0\r\n\r\n"),
     "chunked, 205": _answered(AT_ONCE, _IN_CHUNKS.replace(b"200", b"205") + b"0\r\n\r\n"),
     "chunked, cut behind the head": _answered(IN_VAIN, _IN_CHUNKS, 0.005, chunk(b"fine") + b"0\r\n\r\n"),
     "chunked, cut in a size": _answered(IN_VAIN, _IN_CHUNKS + b"1", 0.005, b"0\r\nsixteen octets!!\r\n0\r\n\r\n"),
@@ -305,7 +308,7 @@ CASES: dict[str, Case] = {
     **{f"malformed: {name}": _answered(IN_VAIN, octets, abort=True) for name, octets in _BAD.items()},
     # Requests.
     "HEAD": _answered(ANY, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", ask=_get(method=b"HEAD")),
-    "HEAD, late": _answered(ANY, 0.05, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", ask=_get(method=b"HEAD")),
+    "HEAD, late": _answered(ANY, _LATE_S, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", ask=_get(method=b"HEAD")),
     "HEAD, cut": _answered(ANY, b"HTTP/1.1 200 OK\r\nContent-", 0.005, b"Length: 9\r\n\r\n", ask=_get(method=b"HEAD")),
     "HEAD, no length": _answered(ANY, b"HTTP/1.1 200 OK\r\n\r\n", ask=_get(method=b"HEAD")),
     "HEAD, chunks": _answered(ANY, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", ask=_get(method=b"HEAD")),
@@ -329,7 +332,7 @@ CASES: dict[str, Case] = {
     "POST of length 0": _answered(AT_ONCE, FINE, ask=_post(b"")),
     "POST without a length": _answered(AT_ONCE, FINE, ask=_get(method=b"POST")),
     "POST of 40 KiB": _answered(ANY, FINE, ask=_post(b"h" * 40_000)),  # it may be read in parts
-    "PUT, answered late": _answered(IN_VAIN, 0.05, FINE, ask=_post(b"hello", method=b"PUT")),
+    "PUT, answered late": _answered(IN_VAIN, _LATE_S, FINE, ask=_post(b"hello", method=b"PUT")),
     "POST, body later": Case((RELAY,), ask=(_post(b"hello")[:-5], HEAD_CAME, b"hello")),
     "POST, rest later": Case((RELAY,), ask=(_post(b"hello")[:-2], HEAD_CAME, b"lo")),
     "POST in chunks": _answered(RELAY, FINE, ask=_get(b"Transfer-Encoding: chunked\r\n") + chunk(b"hi") + b"0\r\n\r\n"),
@@ -338,7 +341,7 @@ CASES: dict[str, Case] = {
     "from 1.0": _answered(RELAY, FINE, ask=_get(version=b"1.0"), kept=False),
     "from 1.0, kept": _answered(RELAY, FINE, ask=_get(b"Connection: keep-alive\r\n", b"1.0")),
     "asks to close": _answered(AT_ONCE, FINE, ask=_get(b"Connection: close\r\n"), kept=False),
-    "asks to close, 404 late": _answered(IN_VAIN, 0.05, FINE, ask=_get(b"Connection: close\r\n"), kept=False),
+    "asks to close, 404 late": _answered(IN_VAIN, _LATE_S, FINE, ask=_get(b"Connection: close\r\n"), kept=False),
     "two at a time": Case((RELAY, AT_ONCE), ask=(GET * 2,)),
     "three at a time": Case((RELAY, RELAY, AT_ONCE), ask=(_post(b"a") + GET + _post(b"b"),)),
     "one and a half": Case((RELAY, AT_ONCE), ask=(GET + GET[:9], HEAD_CAME, GET[9:])),
