@@ -1414,7 +1414,7 @@ the platform. The table of what Linux was seen to report for paused, dead and sl
 """
 
 
-# --- proxy/kernel.py, line 19 ---
+# --- proxy/kernel.py, line 20 ---
 
 HAVE_SPLICE: bool = hasattr(os, "splice")
 # Not in Python's select module on every system; 0 asks for nothing.
@@ -1642,6 +1642,17 @@ def socket_evidence(sock: socket.socket, dead: bool = False, alive: bool = False
     }
 
 
+def heard_s(evidence: dict[str, object] | None) -> float | None:
+    """Returns: the time since the last segment that was heard, by what ``socket_evidence`` read; None if unknown.
+
+    Data that acknowledges nothing new is no ACK.
+    """
+    if evidence is None:
+        return None
+    times = [time for name in ("last_ack_s", "last_data_recv_s") if isinstance(time := evidence[name], float)]
+    return min(times, default=None)
+
+
 class PeerPulse:
     """Tells for one socket how long its peer's kernel has owed an answer. Asked at intervals, by one thread.
 
@@ -1649,21 +1660,36 @@ class PeerPulse:
     time counts only from the first look that found a question open, and any segment that comes in starts it anew.
     """
 
-    __slots__ = ("_segments", "_silent_since")
+    __slots__ = ("_no_way", "_retransmits", "_segments", "_silent_since", "_total_retransmits")
 
     def __init__(self) -> None:
         self._segments = -1
+        self._retransmits = 0
+        self._total_retransmits = -1
+        self._no_way = False  # nothing that is to be sent again goes out
         self._silent_since: float | None = None
 
     def silent_s(self, sock: socket.socket, now: float) -> float:
         """Returns: seconds for which a question was open and nothing at all was heard; 0.0 if none is."""
         info = tcp_info(sock)
-        if info is None or not info.questioned:
+        # A closed one is no longer asked: the kernel has given its verdict, and poll tells it behind what came before.
+        if info is None or info.state == "CLOSED":
             self._silent_since = None
             return 0.0
-        if self._silent_since is None or info.segments_received != self._segments:
+        heard = info.segments_received != self._segments
+        if heard or not info.unacked:
+            self._no_way = False
+        elif info.retransmits > self._retransmits and info.total_retransmits == self._total_retransmits:
+            # It was time to ask again, and nothing went out: this machine has lost its route or its address.
+            self._no_way = True
+        self._segments = info.segments_received
+        self._retransmits = info.retransmits
+        self._total_retransmits = info.total_retransmits
+        if not info.questioned and not self._no_way:
+            self._silent_since = None
+            return 0.0
+        if self._silent_since is None or heard:
             # Not the time of that last segment: the question may have come long after it.
-            self._segments = info.segments_received
             self._silent_since = now
         return now - self._silent_since
 
@@ -1695,7 +1721,7 @@ def prepare_socket(sock: socket.socket, peer_dead_s: float | None, user_timeout_
     if peer_dead_s is not None:
         try:
             # Otherwise a reader that pauses, and then dies, is asked again only after up to two minutes.
-            sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 500)), 120_000))
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 1000 / 6)), 120_000))
         except OSError as error:
             if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
@@ -1708,8 +1734,10 @@ def _tcp_options(peer_dead_s: float | None, user_timeout_s: float | None) -> tup
     options = [(tcp, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if peer_dead_s is not None:
         interval_s = min(max(1, round(peer_dead_s / 10)), 32767)
-        count = min(max(1, int(peer_dead_s / 2) // interval_s), 5)
-        idle_s = min(max(1, round(peer_dead_s) - interval_s * count), 32767)
+        # The kernel gives up a little later than PeerPulse, which counts from the first question that nobody answers;
+        # by itself it counts for connections that nobody looks at, those kept for the next request.
+        count = min(math.ceil(peer_dead_s * 1.25 / interval_s) + 1, 127)
+        idle_s = min(max(1, round(peer_dead_s / 4)), 32767)
         for name, value in (("TCP_KEEPIDLE", idle_s), ("TCP_KEEPINTVL", interval_s), ("TCP_KEEPCNT", count)):
             if hasattr(socket, name):
                 options.append((tcp, getattr(socket, name), value))
@@ -3405,40 +3433,27 @@ class Abort(Exception):
         return f"{self.side} {self.phase}{operation}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
 
 
-_UNREACHABLE = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.EADDRNOTAVAIL))
+# What ends a connection that stood.
+_ENDED = frozenset((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN))
 _RESOURCE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN))
 
-# Most specific first: SSLError, gaierror and TimeoutError are all OSError.
-_CAUSE_BY_TYPE: tuple[tuple[type[OSError], Cause], ...] = (
-    (ssl.SSLError, Cause.TLS),
-    (socket.gaierror, Cause.DNS),
-    (ConnectionRefusedError, Cause.REFUSED),
-    (FileNotFoundError, Cause.UNREACHABLE),
-    (PermissionError, Cause.UNREACHABLE),
-    (NotADirectoryError, Cause.UNREACHABLE),
-    (ConnectionError, Cause.RESET),
-    # Our own limits never come as TimeoutError, since no socket has a timeout: this one is the kernel's verdict,
-    # ETIMEDOUT.
-    (TimeoutError, Cause.DEAD_PEER),
-)
 
-
-def classify(error: OSError, operation: Operation | None = None) -> Cause:
+def classify(error: OSError, operation: Operation) -> Cause:
     """Returns: the cause of an error of a socket call, by type and errno, never by its text."""
-    if isinstance(error, ConnectionRefusedError) and operation not in (None, Operation.CONNECT):
-        # On a connection that stood: a router or the peer's firewall says that nobody is there any more.
-        return Cause.DEAD_PEER
-    for kind, cause in _CAUSE_BY_TYPE:
-        if isinstance(error, kind):
-            return cause
-    if error.errno in _UNREACHABLE:
-        # On a connection that stood, the kernel reports this when retransmitting has found nobody.
-        return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.DEAD_PEER
+    if isinstance(error, ssl.SSLError):
+        return Cause.TLS
+    if isinstance(error, socket.gaierror):
+        return Cause.DNS
     if error.errno in _RESOURCE:
         return Cause.RESOURCE
-    if error.errno == errno.ENOTCONN:
-        return Cause.RESET  # a connection that stood a moment ago
-    return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.RESET
+    if error.errno in _ENDED:
+        return Cause.RESET
+    # Our own limits never come as TimeoutError, since no socket has a timeout: it is the kernel's verdict, ETIMEDOUT.
+    if operation is not Operation.CONNECT or isinstance(error, TimeoutError):
+        # On a connection that stood the kernel has given the peer up, and says what a router, a firewall or its own
+        # routes had answered meanwhile (icmp(7); EACCES: administratively prohibited; EINVAL: a route to nowhere).
+        return Cause.DEAD_PEER
+    return Cause.REFUSED if isinstance(error, ConnectionRefusedError) else Cause.UNREACHABLE
 
 
 def tls_error_type(error: OSError) -> str | None:
@@ -3593,7 +3608,7 @@ What an ``OSError`` means for the request is decided by the caller, who knows th
 """
 
 
-# --- proxy/endpoint.py, line 19 ---
+# --- proxy/endpoint.py, line 20 ---
 
 READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
@@ -3806,7 +3821,8 @@ class TlsEndpoint(Endpoint):
                 except BlockingIOError:
                     return False
             except ssl.SSLError:
-                self.flush()
+                with contextlib.suppress(OSError):  # the alert may find nobody; the first error is the one that counts
+                    self.flush()
                 raise
             else:
                 if not self.flush():
@@ -3953,6 +3969,8 @@ class TlsEndpoint(Endpoint):
         Returns: whether the socket took all of it; if not, poll for writing and come again. Raises: OSError.
         """
         if self._batch_plain:
+            if self._outgoing.pending > _MOST_UNSENT:
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer asks for key updates and takes no answer")
             return False
         if self._outgoing.pending:
             self._unsent += self._outgoing.read()
@@ -3963,7 +3981,7 @@ class TlsEndpoint(Endpoint):
                 return False
             self._unsent = self._unsent[sent:]
             if len(self._unsent) > _MOST_UNSENT:
-                raise ssl.SSLError("the peer asks for key updates and takes no answer")
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer asks for key updates and takes no answer")
         return not self._unsent
 
     def end_write(self) -> None:
@@ -4364,9 +4382,12 @@ class UpstreamContext(ssl.SSLContext):
     the handshake itself.
     """
 
+    host: str  # what the certificate must be good for: a name or an address
+
     def wrap_socket(self, sock: typing.Any, *args: object, **kwargs: typing.Any) -> typing.Any:
         """Called by urllib3. Returns: an endpoint that has not shaken hands."""
-        return TlsEndpoint(sock, Side.UPSTREAM, "", None, self, kwargs.get("server_hostname"))
+        # urllib3 1.26 gives no server_hostname for an address, and without one OpenSSL checks the chain alone.
+        return TlsEndpoint(sock, Side.UPSTREAM, "", None, self, self.host)
 
 
 def upstream_context(settings: Settings) -> UpstreamContext | None:
@@ -4378,6 +4399,7 @@ def upstream_context(settings: Settings) -> UpstreamContext | None:
     if settings.upstream.scheme != "https":
         return None
     context = UpstreamContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.host = settings.upstream.host
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     if settings.upstream_ca == "system":
@@ -4421,7 +4443,7 @@ def certificate_notes(settings: Settings) -> list[str]:
         path = key or cert
         # Both files were read a moment ago: where one of these two looks fails now, whoever renews them is at work.
         with contextlib.suppress(OSError):
-            problem = _time_problem(cert, key)
+            problem = _time_problem(cert, key, of_client=name == "upstream_cert")
             if problem is not None:
                 notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
         with contextlib.suppress(OSError):
@@ -4430,19 +4452,25 @@ def certificate_notes(settings: Settings) -> list[str]:
     return notes
 
 
-def _time_problem(cert: str, key: str | None) -> str | None:
+def _time_problem(cert: str, key: str | None, *, of_client: bool) -> str | None:
     """Look at a certificate as a peer that trusts it would, in a handshake inside memory.
 
+    ``of_client``: as a server would. The purpose is looked at before the time, and a client's certificate may be good
+    for nothing else.
     Returns: what such a peer says if the certificate is not valid now, else None.
     """
-    shows, looks = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    shows.load_cert_chain(cert, key)
+    serves, asks = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    asks.check_hostname = False
+    asks.verify_mode = ssl.CERT_NONE
+    for context in (serves, asks):
+        context.load_cert_chain(cert, key)
+    looks = serves if of_client else asks
     looks.load_verify_locations(cafile=cert)
     looks.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    looks.check_hostname = False
+    looks.verify_mode = ssl.CERT_REQUIRED
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    server, client = shows.wrap_bio(there, back, server_side=True), looks.wrap_bio(back, there)
-    for side in (client, server, client):
+    server, client = serves.wrap_bio(there, back, server_side=True), asks.wrap_bio(back, there)
+    for side in (client, server, client, server):
         try:
             side.do_handshake()
         except ssl.SSLWantReadError:
@@ -4724,6 +4752,10 @@ def _has_source_address(family: int, address: typing.Any) -> bool:
         return not trial.connect_ex(address)
 
 
+class _NoAnswerInTime(Exception):
+    """One of several addresses of upstream did not answer in its share of --upstream-connect-timeout."""
+
+
 class _LeasedConnection:
     """What both kinds of connection add to urllib3's: a connect under the proxy's limits, and an endpoint for the
     relay.
@@ -4802,9 +4834,17 @@ class _LeasedConnection:
         began_at = time.monotonic()
         first_error: OSError | None = None
         ports_used_up = False
-        for family, address in self._addresses(wait):
+        addresses = self._addresses(wait)
+        whole = self.settings.upstream_connect_timeout
+        for number, (family, address) in enumerate(addresses):
+            # An address that says nothing may take its share of the time, so that the others are asked, too.
+            share_s = None
+            if whole is not None and number < len(addresses) - 1:
+                share_s = max(0.0, began_at + whole.seconds - time.monotonic()) / (len(addresses) - number)
             try:
-                sock = self._connect(family, address, wait)
+                sock = self._connect(family, address, wait, share_s)
+            except _NoAnswerInTime:
+                continue
             except OSError as error:
                 if first_error is None:
                     first_error = error
@@ -4832,7 +4872,8 @@ class _LeasedConnection:
         except OSError as error:
             raise socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, error) from error
 
-    def _connect(self, family: int, address: typing.Any, wait: ConnectWait) -> socket.socket:
+    def _connect(self, family: int, address: typing.Any, wait: ConnectWait, at_most_s: float | None) -> socket.socket:
+        """Raises: _NoAnswerInTime after ``at_most_s``; OSError; Abort as ``wait`` does."""
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
@@ -4846,7 +4887,8 @@ class _LeasedConnection:
                 # A unix listener whose backlog is full; poll has no event for it.
                 wait(-1, 0, 0.01)
             if number == errno.EINPROGRESS:
-                wait(sock.fileno(), WRITABLE, None)
+                if not wait(sock.fileno(), WRITABLE, at_most_s):
+                    raise _NoAnswerInTime
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number:
                 raise OSError(number, os.strerror(number))
@@ -5266,9 +5308,12 @@ class Waiter:
                 silent_s = endpoint.pulse.silent_s(endpoint.sock, now)
                 if silent_s >= self.dead_limit.seconds:
                     # What is in flight was written; an unanswered probe was the kernel's own question.
+                    phase = self.phase_of(endpoint.side, Operation.WRITE)
+                    if phase is Phase.RESPONSE_HEAD:
+                        phase = self.phase_of(endpoint.side, Operation.READ)  # of a client that still sends its body
                     raise Abort(
                         endpoint.side,
-                        self.phase_of(endpoint.side, Operation.WRITE),
+                        phase,
                         Operation.WRITE,
                         Cause.DEAD_PEER,
                         limit=self.dead_limit,
@@ -7211,7 +7256,8 @@ class Record:
             sent = f"{counts['request_body']:,}{_of(length)} bytes of the request body had gone to {upstream}{unread}"
             return f"{sent} from {client}"
         if not relay.head_out:
-            waiting = "the request was sent" if relay.request.finished else "the request was being sent"
+            unread = _unacknowledged(self.upstream_evidence)
+            waiting = f"the request was sent{unread}" if relay.request.finished else "the request was being sent"
             if relay.broken is not None:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
@@ -7390,7 +7436,7 @@ one place that asks the kernel for evidence, closes upstream, and answers the cl
 """
 
 
-# --- proxy/exchange.py, line 70 ---
+# --- proxy/exchange.py, line 71 ---
 
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
@@ -7402,8 +7448,9 @@ _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE
 # the record is written.
 _SETTLE_S = 2.0
 _SETTLE_MIN = 64 * 1024
-# The kernel's probes take peer_dead_timeout, rounded to seconds: its verdict within this part of it has another reason.
-_PROBES_TAKE = 0.75
+# The kernel's probes take 1.5 to 1.8 times peer_dead_timeout, rounded up to seconds: a verdict of its own that comes
+# much earlier or later has another reason.
+_PROBES_TAKE_AT_LEAST, _PROBES_TAKE_AT_MOST, _PROBES_ROUNDING_S = 0.75, 2.0, 3.0
 # Lingering: a client that still sends is read for so long, and so much, that it gets to see the answer (RFC 9112 §9.6).
 _LINGER_S = 10.0
 _LINGER_IDLE_S = 2.0
@@ -7590,8 +7637,11 @@ class ClientConnection:
         try:
             try:
                 first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
-            except ConnectionError as error:
-                self._closed(f"{classify(error)}")  # as a health check ends: nothing had begun
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                # As a health check ends, or a client that vanished: nothing had begun.
+                self._closed(f"{classify(error, Operation.READ)}")
                 return False
             if not first:
                 self._closed("no request")
@@ -7621,6 +7671,8 @@ class ClientConnection:
             else:
                 limit = self.settings.dead_peer_limit
                 failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit)
+                if failure.cause is Cause.TLS:
+                    self._ending = "linger"  # a client of TLS 1.3 may send its request by now, and is to see the alert
             self._connection_abort(failure, began_at)
             return False
         finally:
@@ -7639,9 +7691,11 @@ class ClientConnection:
 
     def _connection_abort(self, abort: Abort, began_at: float) -> None:
         duration_s = time.monotonic() - began_at
+        evidence = socket_evidence(self.client.sock, abort.cause is Cause.DEAD_PEER)
+        if abort.cause is Cause.DEAD_PEER:
+            _time_verdict(abort, evidence)
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
         message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
-        evidence = socket_evidence(self.client.sock)
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
 
     def _closed(self, why: str) -> None:
@@ -7722,7 +7776,7 @@ class ClientConnection:
                 continue
             except OSError as error:
                 # Between two requests a reset is as good an end as any.
-                self._closed(f"{classify(error)}")
+                self._closed(f"{classify(error, Operation.READ)}")
                 self._ending = "close"
                 return b""
             if not more:
@@ -8112,6 +8166,8 @@ class ClientConnection:
             due_at = None if at_most_s is None else time.monotonic() + at_most_s
             mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
             reads_ahead = mask != 0 and self.client.is_tls
+            if isinstance(connection.sock, TlsEndpoint):
+                waiter.upstream = connection.sock  # its kernel owes answers from now on
             while True:
                 if reads_ahead:
                     # Under TLS only a read tells the end of the client's side, and whether it is an orderly one.
@@ -8138,7 +8194,7 @@ class ClientConnection:
         try:
             connection.open(wait)
         except Abort as abort:
-            if abort.limit is limit and limit is not None and abort.phase is Phase.TLS_HANDSHAKE:
+            if abort.side is Side.UPSTREAM and abort.phase is Phase.TLS_HANDSHAKE:
                 abort.operation = Operation.HANDSHAKE
             raise
         finally:
@@ -8240,19 +8296,8 @@ class ClientConnection:
         if connection is not None and connection.sock is not None:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
             record.upstream_evidence = socket_evidence(upstream_sock, is_dead and by_upstream, spoke and by_upstream)
-        if is_dead and abort.elapsed_s is None:
-            # The kernel's own verdict: it counts from the last segment that it heard.
-            evidence = record.client_evidence if abort.side is Side.CLIENT else record.upstream_evidence
-            heard_s = evidence["last_ack_s"] if evidence is not None else None
-            abort.elapsed_s = heard_s if isinstance(heard_s, float) else None
-            limit = abort.limit
-            if (
-                isinstance(limit, Limit)
-                and limit.name == "peer_dead_timeout"
-                and abort.elapsed_s is not None
-                and abort.elapsed_s < limit.seconds * _PROBES_TAKE
-            ):
-                abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
+        if is_dead:
+            _time_verdict(abort, record.client_evidence if by_client else record.upstream_evidence)
         if connection is not None and connection.endpoint is None and connection.sock is not None:
             record.upstream = connection.name or None  # in the middle of the handshake
         self._drop_lease()
@@ -8384,10 +8429,14 @@ class ClientConnection:
         if ending == "close":
             return
         client = self.client
+        deadline = self.settings.client_write_deadline
+        until = None if deadline is None else time.monotonic() + deadline.seconds
+        if self._overdue:
+            until = time.monotonic() + _ANSWER_S
         try:
             if ending != "cut" and client.is_tls and not client.mid_write:
                 client.end_write()  # close_notify, which a cut response must not have, and half a record can't
-                self._flush_for(time.monotonic() + _ANSWER_S)
+                self._await_flushed(until)
             may_send_more = ending in ("linger", "cut") or bool(self._residue)
             if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):
                 return  # the usual end: nothing is left to read or to send, and closing says so
@@ -8396,17 +8445,34 @@ class ClientConnection:
             return  # the client has closed already
         if ending != "idle":
             self._linger()
-        if self._overdue:
-            self._await_empty(time.monotonic() + _ANSWER_S)
-        else:
-            deadline = self.settings.client_write_deadline
-            self._await_empty(None if deadline is None else time.monotonic() + deadline.seconds)
+        self._await_empty(until)
 
-    def _flush_for(self, until: float) -> None:
+    def _await_flushed(self, until: float | None) -> None:
+        """Wait until the socket has taken what TLS has to say last, on the terms of ``_await_empty``. What the client
+        sends meanwhile is dropped: it may take nothing before it has sent all it wants to. Raises: OSError.
+        """
+        client = self.client
+        events = WRITABLE | READABLE
         poller = select.poll()
-        poller.register(self.client.fd, WRITABLE)
-        while not self.client.flush() and time.monotonic() < until:
-            poller.poll(100)
+        patience = self.settings.client_write_timeout
+        began_at = time.monotonic()
+        while not client.flush():
+            now = time.monotonic()
+            if self._waits_in_vain(until, now) or (patience is not None and now - began_at >= patience.seconds):
+                return
+            poller.register(client.fd, events)
+            if any(ready & READABLE for _, ready in poller.poll(100)) and not client.sock.recv(_HEAD_READ, NO_WAIT):
+                events = WRITABLE  # its end, which would end each wait at once
+
+    def _waits_in_vain(self, until: float | None, now: float) -> bool:
+        """Whether the last octets for the client are given up: a limit has run out, the worker ends, or it is dead."""
+        if until is not None and now >= until:
+            return True
+        control = self.worker.control
+        if control.ending or (control.draining and now >= control.drain_until):
+            return True
+        dead, pulse = self.settings.peer_dead_timeout, self.client.pulse
+        return dead is not None and pulse is not None and pulse.silent_s(self.client.sock, now) >= dead.seconds
 
     def _linger(self) -> None:
         """Read and drop what the client still sends until it has seen our end, since closing with unread data would
@@ -8438,11 +8504,9 @@ class ClientConnection:
         minutes; a socket that is held it never gives up on while the reader lives.
         """
         client = self.client
-        control = self.worker.control
         pause_s = 0.001
         poller = select.poll()
         poller.register(client.fd, 0)
-        dead = self.settings.peer_dead_timeout
         patience = self.settings.client_write_timeout
         before = 0
         hung_up = False
@@ -8453,9 +8517,7 @@ class ClientConnection:
                 before, moved_at = waiting, now
             elif patience is not None and now - moved_at >= patience.seconds:
                 return  # the response is on record; its last octets are given up
-            if until is not None and now >= until:
-                return
-            if control.ending or (control.draining and now >= control.drain_until):
+            if self._waits_in_vain(until, now):
                 return
             ready = poller.poll(int(pause_s * 1000) + 1)
             if ready and ready[0][1] & ~select.POLLHUP:
@@ -8468,12 +8530,6 @@ class ClientConnection:
                 info = tcp_info(client.sock)
                 if info is None or info.state == "CLOSED":
                     return
-            if (
-                dead is not None
-                and client.pulse is not None
-                and client.pulse.silent_s(client.sock, now) >= dead.seconds
-            ):
-                return
             pause_s = min(pause_s * 2, 1.0)
 
 
@@ -8502,6 +8558,19 @@ def log_connection_abort(
     )
 
 
+def _time_verdict(abort: Abort, evidence: dict[str, object] | None) -> None:
+    """Say of a peer that the kernel itself has given up how long it took: it counts from the last segment it heard."""
+    if abort.elapsed_s is not None:
+        return
+    abort.elapsed_s = elapsed_s = heard_s(evidence)
+    limit = abort.limit
+    if isinstance(limit, Limit) and limit.name == "peer_dead_timeout" and elapsed_s is not None:
+        at_least = limit.seconds * _PROBES_TAKE_AT_LEAST
+        at_most = limit.seconds * _PROBES_TAKE_AT_MOST + _PROBES_ROUNDING_S
+        if not at_least <= elapsed_s <= at_most:
+            abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
+
+
 def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     """Whether a request may be sent again after a kept connection failed: nothing came back, all of it is still at
     hand, and sending it twice does no harm (RFC 9110 §9.2.2).
@@ -8509,7 +8578,7 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     return (
         abort.side is Side.UPSTREAM
         # Many servers that end an idle connection leave close_notify out.
-        and (abort.cause in (Cause.CLOSED, Cause.RESET) or isinstance(abort.original, ssl.SSLEOFError))
+        and (abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
         and not relay.partial_head
         and relay.body_reads == 0

@@ -57,40 +57,27 @@ class Abort(Exception):
         return f"{self.side} {self.phase}{operation}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
 
 
-_UNREACHABLE = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.EADDRNOTAVAIL))
+# What ends a connection that stood.
+_ENDED = frozenset((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN))
 _RESOURCE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN))
 
-# Most specific first: SSLError, gaierror and TimeoutError are all OSError.
-_CAUSE_BY_TYPE: tuple[tuple[type[OSError], Cause], ...] = (
-    (ssl.SSLError, Cause.TLS),
-    (socket.gaierror, Cause.DNS),
-    (ConnectionRefusedError, Cause.REFUSED),
-    (FileNotFoundError, Cause.UNREACHABLE),
-    (PermissionError, Cause.UNREACHABLE),
-    (NotADirectoryError, Cause.UNREACHABLE),
-    (ConnectionError, Cause.RESET),
-    # Our own limits never come as TimeoutError, since no socket has a timeout: this one is the kernel's verdict,
-    # ETIMEDOUT.
-    (TimeoutError, Cause.DEAD_PEER),
-)
 
-
-def classify(error: OSError, operation: Operation | None = None) -> Cause:
+def classify(error: OSError, operation: Operation) -> Cause:
     """Returns: the cause of an error of a socket call, by type and errno, never by its text."""
-    if isinstance(error, ConnectionRefusedError) and operation not in (None, Operation.CONNECT):
-        # On a connection that stood: a router or the peer's firewall says that nobody is there any more.
-        return Cause.DEAD_PEER
-    for kind, cause in _CAUSE_BY_TYPE:
-        if isinstance(error, kind):
-            return cause
-    if error.errno in _UNREACHABLE:
-        # On a connection that stood, the kernel reports this when retransmitting has found nobody.
-        return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.DEAD_PEER
+    if isinstance(error, ssl.SSLError):
+        return Cause.TLS
+    if isinstance(error, socket.gaierror):
+        return Cause.DNS
     if error.errno in _RESOURCE:
         return Cause.RESOURCE
-    if error.errno == errno.ENOTCONN:
-        return Cause.RESET  # a connection that stood a moment ago
-    return Cause.UNREACHABLE if operation is Operation.CONNECT else Cause.RESET
+    if error.errno in _ENDED:
+        return Cause.RESET
+    # Our own limits never come as TimeoutError, since no socket has a timeout: it is the kernel's verdict, ETIMEDOUT.
+    if operation is not Operation.CONNECT or isinstance(error, TimeoutError):
+        # On a connection that stood the kernel has given the peer up, and says what a router, a firewall or its own
+        # routes had answered meanwhile (icmp(7); EACCES: administratively prohibited; EINVAL: a route to nowhere).
+        return Cause.DEAD_PEER
+    return Cause.REFUSED if isinstance(error, ConnectionRefusedError) else Cause.UNREACHABLE
 
 
 def tls_error_type(error: OSError) -> str | None:

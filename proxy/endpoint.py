@@ -6,6 +6,7 @@ What an ``OSError`` means for the request is decided by the caller, who knows th
 """
 
 import collections.abc
+import contextlib
 import errno
 import select
 import socket
@@ -227,7 +228,8 @@ class TlsEndpoint(Endpoint):
                 except BlockingIOError:
                     return False
             except ssl.SSLError:
-                self.flush()
+                with contextlib.suppress(OSError):  # the alert may find nobody; the first error is the one that counts
+                    self.flush()
                 raise
             else:
                 if not self.flush():
@@ -374,6 +376,8 @@ class TlsEndpoint(Endpoint):
         Returns: whether the socket took all of it; if not, poll for writing and come again. Raises: OSError.
         """
         if self._batch_plain:
+            if self._outgoing.pending > _MOST_UNSENT:
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer asks for key updates and takes no answer")
             return False
         if self._outgoing.pending:
             self._unsent += self._outgoing.read()
@@ -384,7 +388,7 @@ class TlsEndpoint(Endpoint):
                 return False
             self._unsent = self._unsent[sent:]
             if len(self._unsent) > _MOST_UNSENT:
-                raise ssl.SSLError("the peer asks for key updates and takes no answer")
+                raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer asks for key updates and takes no answer")
         return not self._unsent
 
     def end_write(self) -> None:

@@ -51,6 +51,7 @@ from .inflight import SlotStore
 from .kernel import (
     POLLRDHUP,
     PeerPulse,
+    heard_s,
     reset_on_close,
     socket_evidence,
     tcp_info,
@@ -77,8 +78,9 @@ _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE
 # the record is written.
 _SETTLE_S = 2.0
 _SETTLE_MIN = 64 * 1024
-# The kernel's probes take peer_dead_timeout, rounded to seconds: its verdict within this part of it has another reason.
-_PROBES_TAKE = 0.75
+# The kernel's probes take 1.5 to 1.8 times peer_dead_timeout, rounded up to seconds: a verdict of its own that comes
+# much earlier or later has another reason.
+_PROBES_TAKE_AT_LEAST, _PROBES_TAKE_AT_MOST, _PROBES_ROUNDING_S = 0.75, 2.0, 3.0
 # Lingering: a client that still sends is read for so long, and so much, that it gets to see the answer (RFC 9112 §9.6).
 _LINGER_S = 10.0
 _LINGER_IDLE_S = 2.0
@@ -265,8 +267,11 @@ class ClientConnection:
         try:
             try:
                 first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
-            except ConnectionError as error:
-                self._closed(f"{classify(error)}")  # as a health check ends: nothing had begun
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                # As a health check ends, or a client that vanished: nothing had begun.
+                self._closed(f"{classify(error, Operation.READ)}")
                 return False
             if not first:
                 self._closed("no request")
@@ -296,6 +301,8 @@ class ClientConnection:
             else:
                 limit = self.settings.dead_peer_limit
                 failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit)
+                if failure.cause is Cause.TLS:
+                    self._ending = "linger"  # a client of TLS 1.3 may send its request by now, and is to see the alert
             self._connection_abort(failure, began_at)
             return False
         finally:
@@ -314,9 +321,11 @@ class ClientConnection:
 
     def _connection_abort(self, abort: Abort, began_at: float) -> None:
         duration_s = time.monotonic() - began_at
+        evidence = socket_evidence(self.client.sock, abort.cause is Cause.DEAD_PEER)
+        if abort.cause is Cause.DEAD_PEER:
+            _time_verdict(abort, evidence)
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
         message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
-        evidence = socket_evidence(self.client.sock)
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
 
     def _closed(self, why: str) -> None:
@@ -397,7 +406,7 @@ class ClientConnection:
                 continue
             except OSError as error:
                 # Between two requests a reset is as good an end as any.
-                self._closed(f"{classify(error)}")
+                self._closed(f"{classify(error, Operation.READ)}")
                 self._ending = "close"
                 return b""
             if not more:
@@ -787,6 +796,8 @@ class ClientConnection:
             due_at = None if at_most_s is None else time.monotonic() + at_most_s
             mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
             reads_ahead = mask != 0 and self.client.is_tls
+            if isinstance(connection.sock, TlsEndpoint):
+                waiter.upstream = connection.sock  # its kernel owes answers from now on
             while True:
                 if reads_ahead:
                     # Under TLS only a read tells the end of the client's side, and whether it is an orderly one.
@@ -813,7 +824,7 @@ class ClientConnection:
         try:
             connection.open(wait)
         except Abort as abort:
-            if abort.limit is limit and limit is not None and abort.phase is Phase.TLS_HANDSHAKE:
+            if abort.side is Side.UPSTREAM and abort.phase is Phase.TLS_HANDSHAKE:
                 abort.operation = Operation.HANDSHAKE
             raise
         finally:
@@ -915,19 +926,8 @@ class ClientConnection:
         if connection is not None and connection.sock is not None:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
             record.upstream_evidence = socket_evidence(upstream_sock, is_dead and by_upstream, spoke and by_upstream)
-        if is_dead and abort.elapsed_s is None:
-            # The kernel's own verdict: it counts from the last segment that it heard.
-            evidence = record.client_evidence if abort.side is Side.CLIENT else record.upstream_evidence
-            heard_s = evidence["last_ack_s"] if evidence is not None else None
-            abort.elapsed_s = heard_s if isinstance(heard_s, float) else None
-            limit = abort.limit
-            if (
-                isinstance(limit, Limit)
-                and limit.name == "peer_dead_timeout"
-                and abort.elapsed_s is not None
-                and abort.elapsed_s < limit.seconds * _PROBES_TAKE
-            ):
-                abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
+        if is_dead:
+            _time_verdict(abort, record.client_evidence if by_client else record.upstream_evidence)
         if connection is not None and connection.endpoint is None and connection.sock is not None:
             record.upstream = connection.name or None  # in the middle of the handshake
         self._drop_lease()
@@ -1059,10 +1059,14 @@ class ClientConnection:
         if ending == "close":
             return
         client = self.client
+        deadline = self.settings.client_write_deadline
+        until = None if deadline is None else time.monotonic() + deadline.seconds
+        if self._overdue:
+            until = time.monotonic() + _ANSWER_S
         try:
             if ending != "cut" and client.is_tls and not client.mid_write:
                 client.end_write()  # close_notify, which a cut response must not have, and half a record can't
-                self._flush_for(time.monotonic() + _ANSWER_S)
+                self._await_flushed(until)
             may_send_more = ending in ("linger", "cut") or bool(self._residue)
             if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):
                 return  # the usual end: nothing is left to read or to send, and closing says so
@@ -1071,17 +1075,34 @@ class ClientConnection:
             return  # the client has closed already
         if ending != "idle":
             self._linger()
-        if self._overdue:
-            self._await_empty(time.monotonic() + _ANSWER_S)
-        else:
-            deadline = self.settings.client_write_deadline
-            self._await_empty(None if deadline is None else time.monotonic() + deadline.seconds)
+        self._await_empty(until)
 
-    def _flush_for(self, until: float) -> None:
+    def _await_flushed(self, until: float | None) -> None:
+        """Wait until the socket has taken what TLS has to say last, on the terms of ``_await_empty``. What the client
+        sends meanwhile is dropped: it may take nothing before it has sent all it wants to. Raises: OSError.
+        """
+        client = self.client
+        events = WRITABLE | READABLE
         poller = select.poll()
-        poller.register(self.client.fd, WRITABLE)
-        while not self.client.flush() and time.monotonic() < until:
-            poller.poll(100)
+        patience = self.settings.client_write_timeout
+        began_at = time.monotonic()
+        while not client.flush():
+            now = time.monotonic()
+            if self._waits_in_vain(until, now) or (patience is not None and now - began_at >= patience.seconds):
+                return
+            poller.register(client.fd, events)
+            if any(ready & READABLE for _, ready in poller.poll(100)) and not client.sock.recv(_HEAD_READ, NO_WAIT):
+                events = WRITABLE  # its end, which would end each wait at once
+
+    def _waits_in_vain(self, until: float | None, now: float) -> bool:
+        """Whether the last octets for the client are given up: a limit has run out, the worker ends, or it is dead."""
+        if until is not None and now >= until:
+            return True
+        control = self.worker.control
+        if control.ending or (control.draining and now >= control.drain_until):
+            return True
+        dead, pulse = self.settings.peer_dead_timeout, self.client.pulse
+        return dead is not None and pulse is not None and pulse.silent_s(self.client.sock, now) >= dead.seconds
 
     def _linger(self) -> None:
         """Read and drop what the client still sends until it has seen our end, since closing with unread data would
@@ -1113,11 +1134,9 @@ class ClientConnection:
         minutes; a socket that is held it never gives up on while the reader lives.
         """
         client = self.client
-        control = self.worker.control
         pause_s = 0.001
         poller = select.poll()
         poller.register(client.fd, 0)
-        dead = self.settings.peer_dead_timeout
         patience = self.settings.client_write_timeout
         before = 0
         hung_up = False
@@ -1128,9 +1147,7 @@ class ClientConnection:
                 before, moved_at = waiting, now
             elif patience is not None and now - moved_at >= patience.seconds:
                 return  # the response is on record; its last octets are given up
-            if until is not None and now >= until:
-                return
-            if control.ending or (control.draining and now >= control.drain_until):
+            if self._waits_in_vain(until, now):
                 return
             ready = poller.poll(int(pause_s * 1000) + 1)
             if ready and ready[0][1] & ~select.POLLHUP:
@@ -1143,12 +1160,6 @@ class ClientConnection:
                 info = tcp_info(client.sock)
                 if info is None or info.state == "CLOSED":
                     return
-            if (
-                dead is not None
-                and client.pulse is not None
-                and client.pulse.silent_s(client.sock, now) >= dead.seconds
-            ):
-                return
             pause_s = min(pause_s * 2, 1.0)
 
 
@@ -1177,6 +1188,19 @@ def log_connection_abort(
     )
 
 
+def _time_verdict(abort: Abort, evidence: dict[str, object] | None) -> None:
+    """Say of a peer that the kernel itself has given up how long it took: it counts from the last segment it heard."""
+    if abort.elapsed_s is not None:
+        return
+    abort.elapsed_s = elapsed_s = heard_s(evidence)
+    limit = abort.limit
+    if isinstance(limit, Limit) and limit.name == "peer_dead_timeout" and elapsed_s is not None:
+        at_least = limit.seconds * _PROBES_TAKE_AT_LEAST
+        at_most = limit.seconds * _PROBES_TAKE_AT_MOST + _PROBES_ROUNDING_S
+        if not at_least <= elapsed_s <= at_most:
+            abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
+
+
 def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     """Whether a request may be sent again after a kept connection failed: nothing came back, all of it is still at
     hand, and sending it twice does no harm (RFC 9110 §9.2.2).
@@ -1184,7 +1208,7 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     return (
         abort.side is Side.UPSTREAM
         # Many servers that end an idle connection leave close_notify out.
-        and (abort.cause in (Cause.CLOSED, Cause.RESET) or isinstance(abort.original, ssl.SSLEOFError))
+        and (abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
         and not relay.partial_head
         and relay.body_reads == 0

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import math
 import os
 import resource
 import select
@@ -242,6 +243,17 @@ def socket_evidence(sock: socket.socket, dead: bool = False, alive: bool = False
     }
 
 
+def heard_s(evidence: dict[str, object] | None) -> float | None:
+    """Returns: the time since the last segment that was heard, by what ``socket_evidence`` read; None if unknown.
+
+    Data that acknowledges nothing new is no ACK.
+    """
+    if evidence is None:
+        return None
+    times = [time for name in ("last_ack_s", "last_data_recv_s") if isinstance(time := evidence[name], float)]
+    return min(times, default=None)
+
+
 class PeerPulse:
     """Tells for one socket how long its peer's kernel has owed an answer. Asked at intervals, by one thread.
 
@@ -249,21 +261,36 @@ class PeerPulse:
     time counts only from the first look that found a question open, and any segment that comes in starts it anew.
     """
 
-    __slots__ = ("_segments", "_silent_since")
+    __slots__ = ("_no_way", "_retransmits", "_segments", "_silent_since", "_total_retransmits")
 
     def __init__(self) -> None:
         self._segments = -1
+        self._retransmits = 0
+        self._total_retransmits = -1
+        self._no_way = False  # nothing that is to be sent again goes out
         self._silent_since: float | None = None
 
     def silent_s(self, sock: socket.socket, now: float) -> float:
         """Returns: seconds for which a question was open and nothing at all was heard; 0.0 if none is."""
         info = tcp_info(sock)
-        if info is None or not info.questioned:
+        # A closed one is no longer asked: the kernel has given its verdict, and poll tells it behind what came before.
+        if info is None or info.state == "CLOSED":
             self._silent_since = None
             return 0.0
-        if self._silent_since is None or info.segments_received != self._segments:
+        heard = info.segments_received != self._segments
+        if heard or not info.unacked:
+            self._no_way = False
+        elif info.retransmits > self._retransmits and info.total_retransmits == self._total_retransmits:
+            # It was time to ask again, and nothing went out: this machine has lost its route or its address.
+            self._no_way = True
+        self._segments = info.segments_received
+        self._retransmits = info.retransmits
+        self._total_retransmits = info.total_retransmits
+        if not info.questioned and not self._no_way:
+            self._silent_since = None
+            return 0.0
+        if self._silent_since is None or heard:
             # Not the time of that last segment: the question may have come long after it.
-            self._segments = info.segments_received
             self._silent_since = now
         return now - self._silent_since
 
@@ -295,7 +322,7 @@ def prepare_socket(sock: socket.socket, peer_dead_s: float | None, user_timeout_
     if peer_dead_s is not None:
         try:
             # Otherwise a reader that pauses, and then dies, is asked again only after up to two minutes.
-            sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 500)), 120_000))
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_RTO_MAX_MS, min(max(1000, int(peer_dead_s * 1000 / 6)), 120_000))
         except OSError as error:
             if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
@@ -308,8 +335,10 @@ def _tcp_options(peer_dead_s: float | None, user_timeout_s: float | None) -> tup
     options = [(tcp, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
     if peer_dead_s is not None:
         interval_s = min(max(1, round(peer_dead_s / 10)), 32767)
-        count = min(max(1, int(peer_dead_s / 2) // interval_s), 5)
-        idle_s = min(max(1, round(peer_dead_s) - interval_s * count), 32767)
+        # The kernel gives up a little later than PeerPulse, which counts from the first question that nobody answers;
+        # by itself it counts for connections that nobody looks at, those kept for the next request.
+        count = min(math.ceil(peer_dead_s * 1.25 / interval_s) + 1, 127)
+        idle_s = min(max(1, round(peer_dead_s / 4)), 32767)
         for name, value in (("TCP_KEEPIDLE", idle_s), ("TCP_KEEPINTVL", interval_s), ("TCP_KEEPCNT", count)):
             if hasattr(socket, name):
                 options.append((tcp, getattr(socket, name), value))

@@ -521,7 +521,8 @@ class Record:
             sent = f"{counts['request_body']:,}{_of(length)} bytes of the request body had gone to {upstream}{unread}"
             return f"{sent} from {client}"
         if not relay.head_out:
-            waiting = "the request was sent" if relay.request.finished else "the request was being sent"
+            unread = _unacknowledged(self.upstream_evidence)
+            waiting = f"the request was sent{unread}" if relay.request.finished else "the request was being sent"
             if relay.broken is not None:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]

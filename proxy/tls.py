@@ -40,9 +40,12 @@ class UpstreamContext(ssl.SSLContext):
     the handshake itself.
     """
 
+    host: str  # what the certificate must be good for: a name or an address
+
     def wrap_socket(self, sock: typing.Any, *args: object, **kwargs: typing.Any) -> typing.Any:
         """Called by urllib3. Returns: an endpoint that has not shaken hands."""
-        return TlsEndpoint(sock, Side.UPSTREAM, "", None, self, kwargs.get("server_hostname"))
+        # urllib3 1.26 gives no server_hostname for an address, and without one OpenSSL checks the chain alone.
+        return TlsEndpoint(sock, Side.UPSTREAM, "", None, self, self.host)
 
 
 def upstream_context(settings: Settings) -> UpstreamContext | None:
@@ -54,6 +57,7 @@ def upstream_context(settings: Settings) -> UpstreamContext | None:
     if settings.upstream.scheme != "https":
         return None
     context = UpstreamContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.host = settings.upstream.host
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     if settings.upstream_ca == "system":
@@ -97,7 +101,7 @@ def certificate_notes(settings: Settings) -> list[str]:
         path = key or cert
         # Both files were read a moment ago: where one of these two looks fails now, whoever renews them is at work.
         with contextlib.suppress(OSError):
-            problem = _time_problem(cert, key)
+            problem = _time_problem(cert, key, of_client=name == "upstream_cert")
             if problem is not None:
                 notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
         with contextlib.suppress(OSError):
@@ -106,19 +110,25 @@ def certificate_notes(settings: Settings) -> list[str]:
     return notes
 
 
-def _time_problem(cert: str, key: str | None) -> str | None:
+def _time_problem(cert: str, key: str | None, *, of_client: bool) -> str | None:
     """Look at a certificate as a peer that trusts it would, in a handshake inside memory.
 
+    ``of_client``: as a server would. The purpose is looked at before the time, and a client's certificate may be good
+    for nothing else.
     Returns: what such a peer says if the certificate is not valid now, else None.
     """
-    shows, looks = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    shows.load_cert_chain(cert, key)
+    serves, asks = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    asks.check_hostname = False
+    asks.verify_mode = ssl.CERT_NONE
+    for context in (serves, asks):
+        context.load_cert_chain(cert, key)
+    looks = serves if of_client else asks
     looks.load_verify_locations(cafile=cert)
     looks.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    looks.check_hostname = False
+    looks.verify_mode = ssl.CERT_REQUIRED
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    server, client = shows.wrap_bio(there, back, server_side=True), looks.wrap_bio(back, there)
-    for side in (client, server, client):
+    server, client = serves.wrap_bio(there, back, server_side=True), asks.wrap_bio(back, there)
+    for side in (client, server, client, server):
         try:
             side.do_handshake()
         except ssl.SSLWantReadError:

@@ -118,6 +118,10 @@ def _has_source_address(family: int, address: typing.Any) -> bool:
         return not trial.connect_ex(address)
 
 
+class _NoAnswerInTime(Exception):
+    """One of several addresses of upstream did not answer in its share of --upstream-connect-timeout."""
+
+
 class _LeasedConnection:
     """What both kinds of connection add to urllib3's: a connect under the proxy's limits, and an endpoint for the
     relay.
@@ -196,9 +200,17 @@ class _LeasedConnection:
         began_at = time.monotonic()
         first_error: OSError | None = None
         ports_used_up = False
-        for family, address in self._addresses(wait):
+        addresses = self._addresses(wait)
+        whole = self.settings.upstream_connect_timeout
+        for number, (family, address) in enumerate(addresses):
+            # An address that says nothing may take its share of the time, so that the others are asked, too.
+            share_s = None
+            if whole is not None and number < len(addresses) - 1:
+                share_s = max(0.0, began_at + whole.seconds - time.monotonic()) / (len(addresses) - number)
             try:
-                sock = self._connect(family, address, wait)
+                sock = self._connect(family, address, wait, share_s)
+            except _NoAnswerInTime:
+                continue
             except OSError as error:
                 if first_error is None:
                     first_error = error
@@ -226,7 +238,8 @@ class _LeasedConnection:
         except OSError as error:
             raise socket_abort(Side.UPSTREAM, Phase.CONNECT, Operation.CONNECT, error) from error
 
-    def _connect(self, family: int, address: typing.Any, wait: ConnectWait) -> socket.socket:
+    def _connect(self, family: int, address: typing.Any, wait: ConnectWait, at_most_s: float | None) -> socket.socket:
+        """Raises: _NoAnswerInTime after ``at_most_s``; OSError; Abort as ``wait`` does."""
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
@@ -240,7 +253,8 @@ class _LeasedConnection:
                 # A unix listener whose backlog is full; poll has no event for it.
                 wait(-1, 0, 0.01)
             if number == errno.EINPROGRESS:
-                wait(sock.fileno(), WRITABLE, None)
+                if not wait(sock.fileno(), WRITABLE, at_most_s):
+                    raise _NoAnswerInTime
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if number:
                 raise OSError(number, os.strerror(number))

@@ -284,9 +284,12 @@ class Waiter:
                 silent_s = endpoint.pulse.silent_s(endpoint.sock, now)
                 if silent_s >= self.dead_limit.seconds:
                     # What is in flight was written; an unanswered probe was the kernel's own question.
+                    phase = self.phase_of(endpoint.side, Operation.WRITE)
+                    if phase is Phase.RESPONSE_HEAD:
+                        phase = self.phase_of(endpoint.side, Operation.READ)  # of a client that still sends its body
                     raise Abort(
                         endpoint.side,
-                        self.phase_of(endpoint.side, Operation.WRITE),
+                        phase,
                         Operation.WRITE,
                         Cause.DEAD_PEER,
                         limit=self.dead_limit,

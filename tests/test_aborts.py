@@ -64,23 +64,27 @@ def test_every_status_of_the_contract_has_its_reason() -> None:
         (OSError(errno.EMFILE, "x"), Cause.RESOURCE),
     ],
 )
-def test_causes_go_by_type_and_errno(error: OSError, cause: Cause) -> None:
-    assert classify(error) is cause
+def test_causes_of_a_failed_connect_go_by_type_and_errno(error: OSError, cause: Cause) -> None:
+    assert classify(error, Operation.CONNECT) is cause
 
 
-@pytest.mark.parametrize("number", [errno.EHOSTUNREACH, errno.ENETUNREACH])
-def test_no_route_means_dead_on_a_connection_that_stood(number: int) -> None:
-    error = OSError(number, os.strerror(number))
-    assert classify(error, Operation.CONNECT) is Cause.UNREACHABLE
-    assert classify(error, Operation.WRITE) is Cause.DEAD_PEER
+@pytest.mark.parametrize(
+    "number",
+    [
+        # What routers and firewalls answer, and the routes of this machine: to nowhere, and prohibited.
+        errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNREFUSED, errno.EACCES, errno.EPERM, errno.EINVAL,
+        errno.ENOPROTOOPT, errno.EPROTO, errno.ETIMEDOUT,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE, Operation.HANDSHAKE])
+def test_whatever_it_says_the_kernel_has_given_up_a_connection_that_stood(number: int, operation: Operation) -> None:
+    assert classify(OSError(number, os.strerror(number)), operation) is Cause.DEAD_PEER
 
 
-def test_a_refusal_on_a_connection_that_stood_means_dead() -> None:
-    """What a firewall answers that has begun to reject."""
-    error = ConnectionRefusedError(errno.ECONNREFUSED, "x")
-    assert classify(error, Operation.CONNECT) is Cause.REFUSED
-    for operation in (Operation.READ, Operation.WRITE, Operation.HANDSHAKE):
-        assert classify(error, operation) is Cause.DEAD_PEER
+@pytest.mark.parametrize("operation", Operation)
+@pytest.mark.parametrize("number", [errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN, errno.ECONNABORTED])
+def test_what_ends_a_connection_is_a_reset(number: int, operation: Operation) -> None:
+    assert classify(OSError(number, os.strerror(number)), operation) is Cause.RESET
 
 
 def test_out_of_files_is_the_proxys_own_doing() -> None:

@@ -334,8 +334,8 @@ def test_an_idle_dead_peer_is_found_by_the_kernels_probes(link: netns.Network) -
         poller = select.poll()
         poller.register(near, 0)
         began_at = time.monotonic()
-        assert poller.poll(5000), "no error within 5 s"
-        assert 1.5 < time.monotonic() - began_at < 4.5
+        assert poller.poll(9000), "no error within 9 s"
+        assert 3 < time.monotonic() - began_at < 8  # later than PeerPulse would say so
         info = kernel.tcp_info(near)
         assert info is not None
         assert (info.state, info.verdict()) == ("CLOSED", "dead")
@@ -370,11 +370,12 @@ def test_a_slow_and_lossy_network_is_not_dead(link: netns.Network) -> None:
 # -- options ----------------------------------------------------------------------------------------------------------
 
 _KEEPALIVE = [
-    (60.0, (30, 6, 5)),
-    (4.0, (2, 1, 2)),
-    (1.0, (1, 1, 1)),
-    (0.2, (1, 1, 1)),
-    (2_147_483.0, (32767, 32767, 5)),
+    (60.0, (15, 6, 14)),
+    (20.0, (5, 2, 14)),
+    (4.0, (1, 1, 6)),
+    (1.0, (1, 1, 3)),
+    (0.2, (1, 1, 2)),
+    (2_147_483.0, (32767, 32767, 83)),
 ]
 
 
@@ -397,7 +398,8 @@ def test_accepted_and_connected_sockets_have_the_options(dead_s: float, expected
                 assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 with contextlib.suppress(OSError):  # before Linux 6.15
                     longest_ms = sock.getsockopt(tcp, 44)
-                    assert longest_ms == min(max(1000, int(dead_s * 500)), 120_000)
+                    asked_for_ms = min(max(1000, int(dead_s * 1000 / 6)), 120_000)
+                    assert asked_for_ms <= longest_ms < asked_for_ms + 10  # in jiffies
 
 
 def test_without_limits_the_systems_keepalive_holds_and_no_user_timeout() -> None:
