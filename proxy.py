@@ -5356,7 +5356,7 @@ Invariant: octets are read from a source only when all read before have been wri
 """
 
 
-# --- proxy/relay.py, line 41 ---
+# --- proxy/relay.py, line 42 ---
 
 # A first read of this size finds out whether more than a trickle comes; only then a larger buffer is worth its memory.
 FIRST_READ = 64 * 1024
@@ -5855,6 +5855,8 @@ class Relay:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
+        if not (request.finished or self.tunnel):
+            self._add_event("client", "unread")  # upstream had answered: the rest of the request goes nowhere
 
     def _pass_on(self, client_ready: int, upstream_ready: int, now: float) -> tuple[int, int, float]:
         """Pass on one small portion after the other, as long as each is taken whole and nothing else happens.
@@ -6248,6 +6250,9 @@ class Relay:
             request.finished = True
             if request.pipe is not None:
                 self._release_pipe(request)
+            if isinstance(request.framing, ChunkedFraming) and request.framing.trailer_fields:
+                # Some servers take them for fields of the next request (aiohttp), which may be another client's.
+                self.upstream_usable = False
             if not self.tunnel:
                 self.sent_at = self.awaited_from = time.monotonic()
                 if self.upstream_head_watch is not None:
@@ -7441,6 +7446,8 @@ one place that asks the kernel for evidence, closes upstream, and answers the cl
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
 _AT_ONCE_S = 5 * ANSWER_PATIENCE_S
+# A kept connection that fails so soon may have been ended before the request came to it.
+_STALE_S = 1.0
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
@@ -8102,6 +8109,16 @@ class ClientConnection:
                 if abort is not last:
                     raise abort from abort.original
                 if not reused or record.attempts or not _may_retry(abort, relay, head):
+                    if (
+                        reused
+                        and not record.attempts
+                        and _went_stale(abort, relay)
+                        and time.monotonic() - now < _STALE_S
+                    ):
+                        abort.detail = (
+                            "on a connection kept from an earlier request, which upstream may just have ended as idle;"
+                            f" not sent again, as {_why_not_again(relay)}"
+                        )
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
@@ -8576,13 +8593,24 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     hand, and sending it twice does no harm (RFC 9110 §9.2.2).
     """
     return (
+        _went_stale(abort, relay)
+        and relay.body_reads == 0
+        and (head.method in _IDEMPOTENT or relay.request.written == 0)
+    )
+
+
+def _why_not_again(relay: Relay) -> str:
+    return "its body can't be read again" if relay.body_reads else "it might be done twice"
+
+
+def _went_stale(abort: Abort, relay: Relay) -> bool:
+    """Whether a kept connection failed as one does that upstream had ended, or was about to."""
+    return (
         abort.side is Side.UPSTREAM
         # Many servers that end an idle connection leave close_notify out.
         and (abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
         and not relay.partial_head
-        and relay.body_reads == 0
-        and (head.method in _IDEMPOTENT or relay.request.written == 0)
     )
 
 

@@ -71,6 +71,8 @@ from .waiting import FAILED, HUNG_UP, LEFT_OUT, Control, TimedWatch, Waiter, pul
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
 _AT_ONCE_S = 5 * ANSWER_PATIENCE_S
+# A kept connection that fails so soon may have been ended before the request came to it.
+_STALE_S = 1.0
 # RFC 9110 §9.2.2
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
@@ -732,6 +734,16 @@ class ClientConnection:
                 if abort is not last:
                     raise abort from abort.original
                 if not reused or record.attempts or not _may_retry(abort, relay, head):
+                    if (
+                        reused
+                        and not record.attempts
+                        and _went_stale(abort, relay)
+                        and time.monotonic() - now < _STALE_S
+                    ):
+                        abort.detail = (
+                            "on a connection kept from an earlier request, which upstream may just have ended as idle;"
+                            f" not sent again, as {_why_not_again(relay)}"
+                        )
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
@@ -1206,13 +1218,24 @@ def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
     hand, and sending it twice does no harm (RFC 9110 §9.2.2).
     """
     return (
+        _went_stale(abort, relay)
+        and relay.body_reads == 0
+        and (head.method in _IDEMPOTENT or relay.request.written == 0)
+    )
+
+
+def _why_not_again(relay: Relay) -> str:
+    return "its body can't be read again" if relay.body_reads else "it might be done twice"
+
+
+def _went_stale(abort: Abort, relay: Relay) -> bool:
+    """Whether a kept connection failed as one does that upstream had ended, or was about to."""
+    return (
         abort.side is Side.UPSTREAM
         # Many servers that end an idle connection leave close_notify out.
         and (abort.cause in (Cause.CLOSED, Cause.RESET, Cause.DEAD_PEER) or isinstance(abort.original, ssl.SSLEOFError))
         and relay.response.read == 0
         and not relay.partial_head
-        and relay.body_reads == 0
-        and (head.method in _IDEMPOTENT or relay.request.written == 0)
     )
 
 

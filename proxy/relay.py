@@ -25,6 +25,7 @@ from .framing import (
     ENDLESS,
     FRESH,
     NO_BODY,
+    ChunkedFraming,
     ConnectionFraming,
     Framing,
     Mark,
@@ -535,6 +536,8 @@ class Relay:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now, allow_half_close)
+        if not (request.finished or self.tunnel):
+            self._add_event("client", "unread")  # upstream had answered: the rest of the request goes nowhere
 
     def _pass_on(self, client_ready: int, upstream_ready: int, now: float) -> tuple[int, int, float]:
         """Pass on one small portion after the other, as long as each is taken whole and nothing else happens.
@@ -928,6 +931,9 @@ class Relay:
             request.finished = True
             if request.pipe is not None:
                 self._release_pipe(request)
+            if isinstance(request.framing, ChunkedFraming) and request.framing.trailer_fields:
+                # Some servers take them for fields of the next request (aiohttp), which may be another client's.
+                self.upstream_usable = False
             if not self.tunnel:
                 self.sent_at = self.awaited_from = time.monotonic()
                 if self.upstream_head_watch is not None:

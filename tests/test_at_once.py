@@ -1032,6 +1032,8 @@ def test_what_a_stale_connection_lost_is_sent_again_where_that_does_no_harm(
                     assert response.status == 502, name
                     assert (record["event"], record["side"], record["cause"]) == ("request.abort", "upstream", cause)
                     assert "attempts" not in record, name
+                    assert "on a connection kept from an earlier request" in record["message"], name
+                    assert "not sent again, as it might be done twice" in record["message"], name
                     continue
                 assert (response.status, response.body) == (200, b"fine"), name
                 assert (record["event"], record["status"]) == ("request.complete", 200), name

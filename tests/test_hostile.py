@@ -261,6 +261,24 @@ def test_an_early_answer_that_is_whole_before_the_client_leaves(tls: bool, certi
         record = sole_record(proxy)
     assert record["event"] == "request.complete"
     assert (record["status"], record["bytes"]["response_body"]) == (413, 5)
+    # Of the rest of the request nobody knows but the record.
+    assert [event["what"] for event in record["events"]] == ["unread"]
+
+
+@pytest.mark.parametrize("trailer", [b"", b"X-Sum: 1\r\n"], ids=["no trailer", "a trailer"])
+def test_no_request_comes_behind_the_trailers_of_another(trailer: bytes) -> None:
+    """There are servers that take them for fields of the next request on their connection, whoever's that is."""
+    with Upstream(peers.answer_all(ok(b"1"))) as upstream, ProxyProcess(upstream.url, "--workers", "1") as proxy:
+        with connect(proxy.address) as wire:
+            wire.send(
+                b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n" + trailer + b"\r\n"
+            )
+            assert wire.read_response("POST").status == 200
+        with connect(proxy.address) as wire:
+            wire.get("/next")
+            assert wire.read_response().status == 200
+        assert len(upstream.wires) == (2 if trailer else 1)
+        assert trailer in bytes(upstream.wires[0].received)
 
 
 # -- repeated on a fresh connection -----------------------------------------------------------------------------------
