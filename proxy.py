@@ -2124,6 +2124,10 @@ class LineFile:
     def __init__(self, fd: int, shared: SharedState) -> None:
         """Take over ``fd``, unless it is stderr."""
         self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        if self.is_regular:
+            # A shell's "2> FILE" writes at a position of its own: where the file has become shorter (a full disk,
+            # copytruncate), the next line would begin with NULs.
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
         self.fd, self._waits = (fd, False) if self.is_regular else _private_description(fd)
         self._shared = shared
         self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads
@@ -2396,7 +2400,7 @@ with name, value, source and mend. Files that other options name are not opened 
 """
 
 
-# --- proxy/config.py, line 25 ---
+# --- proxy/config.py, line 28 ---
 
 ENVIRONMENT_PREFIX = "PROXY_"
 
@@ -2854,12 +2858,13 @@ _OPTION_WORDS = frozenset(word for option in OPTIONS for word in option.name.spl
 
 # No configuration is as large; a device or a disk image is.
 _LARGEST_FILE = 256 * 1024
+_PIPE_PATIENCE_MS = 3000
 
 
 def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     where = f"config {_quoted(path)} ({source})"
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_patiently) as file:
             octets = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{where}: can't be read: {error.strerror}; check the path and its permissions") from error
@@ -2904,6 +2909,19 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
             )
         given[name] = (_text_of(option, value, place), place)
     return given
+
+
+def _open_patiently(path: str, flags: int) -> int:
+    """Returns: a descriptor. Raises: OSError, also for a named pipe that nobody writes to for a while."""
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        if not poller.poll(_PIPE_PATIENCE_MS):
+            os.close(fd)
+            raise OSError(errno.ENXIO, "a named pipe that nobody writes to")
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _text_of(option: Option, value: object, source: str) -> str:
@@ -9004,7 +9022,9 @@ def _check_socket_path(where: str, address: UnixAddress) -> None:
 
 
 def _resolve_listen(address: TcpAddress) -> tuple[int, int, int, str, typing.Any]:
-    return socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # Of the addresses of a name, such as localhost, that of IPv4: the one that most clients try.
+    return next((each for each in found if each[0] == socket.AF_INET), found[0])
 
 
 def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.socket], str]:
@@ -10096,6 +10116,8 @@ def _check_places(settings: Settings) -> None:
     """
     if settings.log_file != "-" and not check_log_file(settings):
         where = f"log_file {settings.log_file!r} ({settings.sources['log_file']})"
+        if settings.log_file.endswith("/"):
+            raise ConfigError(f"{where}: Is a directory; name a file in it")
         _check_directory(where, os.path.realpath(settings.log_file))
     if isinstance(settings.listen, UnixAddress):
         _check_directory(f"listen {str(settings.listen)!r} ({settings.sources['listen']})", settings.listen.path)

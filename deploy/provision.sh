@@ -8,8 +8,9 @@
 # open to all of the VM's addresses. Run again, it brings up to date what differs from the checkout, and otherwise says
 # that nothing changed. For a machine of its own only: whoever reaches its port 2375 is root on it.
 set -euo pipefail
+umask 022 # what is made here is for other users, too
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly root
 readonly proxy_config=/etc/abort-proxy/config.toml
 # Versions it was tried with; another one is only mentioned, as a distribution offers no choice.

@@ -188,6 +188,8 @@ def _check_places(settings: Settings) -> None:
     """
     if settings.log_file != "-" and not check_log_file(settings):
         where = f"log_file {settings.log_file!r} ({settings.sources['log_file']})"
+        if settings.log_file.endswith("/"):
+            raise ConfigError(f"{where}: Is a directory; name a file in it")
         _check_directory(where, os.path.realpath(settings.log_file))
     if isinstance(settings.listen, UnixAddress):
         _check_directory(f"listen {str(settings.listen)!r} ({settings.sources['listen']})", settings.listen.path)

@@ -10,11 +10,14 @@ import dataclasses
 import decimal
 import difflib
 import enum
+import errno
 import ipaddress
 import math
 import os
 import re
+import select
 import socket
+import stat
 import tomllib
 import typing
 
@@ -478,12 +481,13 @@ _OPTION_WORDS = frozenset(word for option in OPTIONS for word in option.name.spl
 
 # No configuration is as large; a device or a disk image is.
 _LARGEST_FILE = 256 * 1024
+_PIPE_PATIENCE_MS = 3000
 
 
 def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     where = f"config {_quoted(path)} ({source})"
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_patiently) as file:
             octets = file.read(_LARGEST_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{where}: can't be read: {error.strerror}; check the path and its permissions") from error
@@ -528,6 +532,19 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
             )
         given[name] = (_text_of(option, value, place), place)
     return given
+
+
+def _open_patiently(path: str, flags: int) -> int:
+    """Returns: a descriptor. Raises: OSError, also for a named pipe that nobody writes to for a while."""
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        if not poller.poll(_PIPE_PATIENCE_MS):
+            os.close(fd)
+            raise OSError(errno.ENXIO, "a named pipe that nobody writes to")
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _text_of(option: Option, value: object, source: str) -> str:

@@ -167,6 +167,10 @@ class LineFile:
     def __init__(self, fd: int, shared: SharedState) -> None:
         """Take over ``fd``, unless it is stderr."""
         self.is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        if self.is_regular:
+            # A shell's "2> FILE" writes at a position of its own: where the file has become shorter (a full disk,
+            # copytruncate), the next line would begin with NULs.
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
         self.fd, self._waits = (fd, False) if self.is_regular else _private_description(fd)
         self._shared = shared
         self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads

@@ -144,7 +144,9 @@ def _check_socket_path(where: str, address: UnixAddress) -> None:
 
 
 def _resolve_listen(address: TcpAddress) -> tuple[int, int, int, str, typing.Any]:
-    return socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # Of the addresses of a name, such as localhost, that of IPv4: the one that most clients try.
+    return next((each for each in found if each[0] == socket.AF_INET), found[0])
 
 
 def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.socket], str]:

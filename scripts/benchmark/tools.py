@@ -109,9 +109,8 @@ def build_load() -> pathlib.Path:
     sources = [*(HERE / "load").glob("*.go"), HERE / "load" / "go.mod"]
     if not binary.exists() or binary.stat().st_mtime < max(source.stat().st_mtime for source in sources):
         say("building the Go helper (the first time takes half a minute)")
-        environ = dict(
-            os.environ, GOCACHE=str(CACHE / "gocache"), GOTOOLCHAIN="local", GOFLAGS="-mod=mod", GOPROXY="off"
-        )
+        flags = "-mod=mod -buildvcs=false"  # git tells nothing of another user's checkout
+        environ = dict(os.environ, GOCACHE=str(CACHE / "gocache"), GOTOOLCHAIN="local", GOFLAGS=flags, GOPROXY="off")
         run([find("go"), "build", "-C", HERE / "load", "-o", binary, "."], environ)
     return binary
 
@@ -128,8 +127,13 @@ def make_certificate(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Pat
 
 def tell_commit() -> str:
     """Name the commit that `ours` is, and whether files of the package differ from it."""
-    commit = run(["git", "-C", REPOSITORY, "describe", "--always"]).strip()
-    changed = run(["git", "-C", REPOSITORY, "status", "--porcelain", "--", "proxy"]).strip()
+    # A checkout may be another user's.
+    git = ["git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY]
+    try:
+        commit = run([*git, "describe", "--always"]).strip()
+        changed = run([*git, "status", "--porcelain", "--", "proxy"]).strip()
+    except (MissingTool, OSError):
+        return "of unknown commit"  # a copy without its history, or no git
     return commit + (" with changes" if changed else "")
 
 

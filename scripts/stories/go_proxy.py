@@ -55,7 +55,7 @@ def build(go: str) -> pathlib.Path:
     """Build the proxy from the standard library alone, unless that is done. Returns: it. Raises: GoMissingError."""
     if not _PROGRAM.exists() or any(f.stat().st_mtime > _PROGRAM.stat().st_mtime for f in _SOURCE.iterdir()):
         _say("building Go's proxy (the first time takes half a minute)")
-        offline = {"GO111MODULE": "on", "GOFLAGS": "-mod=mod", "GOPROXY": "off", "GOTOOLCHAIN": "local"}
+        offline = {"GO111MODULE": "on", "GOFLAGS": "-mod=mod -buildvcs=false", "GOPROXY": "off", "GOTOOLCHAIN": "local"}
         environment = clean_environment(**offline, GOCACHE=str(_CACHE / "gocache"), GOPATH=str(_CACHE / "gopath"))
         _CACHE.mkdir(parents=True, exist_ok=True)
         _run([go, "build", "-C", str(_SOURCE), "-o", str(_PROGRAM), "."], environment)
