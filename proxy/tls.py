@@ -45,7 +45,7 @@ class UpstreamContext(ssl.SSLContext):
     def wrap_socket(self, sock: typing.Any, *args: object, **kwargs: typing.Any) -> typing.Any:
         """Called by urllib3. Returns: an endpoint that has not shaken hands."""
         # urllib3 1.26 gives no server_hostname for an address, and without one OpenSSL checks the chain alone.
-        return TlsEndpoint(sock, Side.UPSTREAM, "", None, self, self.host)
+        return TlsEndpoint(sock, Side.UPSTREAM, "", None, self, kwargs.get("server_hostname") or self.host)
 
 
 def upstream_context(settings: Settings) -> UpstreamContext | None:
