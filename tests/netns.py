@@ -92,7 +92,14 @@ class Network:
         self.here = f"proxy-test-{os.getpid()}-{number}-here"
         self.there = f"proxy-test-{os.getpid()}-{number}-there"
         self._stack = contextlib.ExitStack()
-        self._state: dict[str, object] = {"drop": "", "delay_s": 0.0, "loss": 0.0, "rate": 0.0, "largest": 0}
+        self._state: dict[str, object] = {
+            "drop": "",
+            "delay_s": 0.0,
+            "loss": 0.0,
+            "rate": 0.0,
+            "largest": 0,
+            "forgotten": 0,
+        }
 
     def __enter__(self) -> typing.Self:
         with self._stack:
@@ -140,7 +147,7 @@ class Network:
 
     def restore(self) -> None:
         """Make the link whole and fast."""
-        self._set(drop="", delay_s=0.0, loss=0.0, rate=0.0, largest=0)
+        self._set(drop="", delay_s=0.0, loss=0.0, rate=0.0, largest=0, forgotten=0)
 
     def slow(self, *, rate: float = 0.0, delay_s: float = 0.0, loss: float = 0.0) -> None:
         """Make the link slow: octets per second (0 is unbounded), one-way delay, share of packets lost; in each
@@ -154,9 +161,26 @@ class Network:
         """
         self._set(largest=largest)
 
+    def forget(self, port: int) -> None:
+        """Let the packets of one TCP connection vanish, in each direction, by the port ``here``: a NAT or firewall on
+        the way has forgotten it, and takes new ones. IPv4 only.
+        """
+        self._set(forgotten=port)
+
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def _port(packet: bytes, side: str) -> int:
+    """Returns: the TCP port ``here`` of a packet that comes in at the end whose packets go towards ``side``; 0 of
+    another packet.
+    """
+    if packet[0] >> 4 != 4 or packet[9] != socket.IPPROTO_TCP:
+        return 0
+    at = (packet[0] & 15) * 4 + (2 if side == "here" else 0)
+    port: int = struct.unpack_from("!H", packet, at)[0]
+    return port
 
 
 def _carry(ends: tuple[int, int], control: socket.socket) -> None:
@@ -196,6 +220,8 @@ def _carry(ends: tuple[int, int], control: socket.socket) -> None:
                     if state["drop"] in ("both", towards[end]) or randomness.random() < state["loss"]:
                         continue
                     if 0 < state["largest"] < len(packet):
+                        continue
+                    if state["forgotten"] and state["forgotten"] == _port(packet, towards[end]):
                         continue
                     due = now
                     if state["rate"]:
