@@ -5324,7 +5324,7 @@ class Waiter:
         for endpoint in (self.client, self.upstream):
             if endpoint is not None and endpoint.pulse is not None:
                 silent_s = endpoint.pulse.silent_s(endpoint.sock, now)
-                if silent_s >= self.dead_limit.seconds:
+                if silent_s >= self.dead_limit.seconds and not (endpoint is self.upstream and self._has_more_to_give()):
                     # What is in flight was written; an unanswered probe was the kernel's own question.
                     phase = self.phase_of(endpoint.side, Operation.WRITE)
                     if phase is Phase.RESPONSE_HEAD:
@@ -5337,6 +5337,14 @@ class Waiter:
                         limit=self.dead_limit,
                         elapsed_s=silent_s,
                     )
+
+    def _has_more_to_give(self) -> bool:
+        """Whether octets of upstream wait for the client to take what came before them: it gets to have them, whatever
+        has become of upstream. The end that the kernel finds is told behind them.
+        """
+        assert self.upstream is not None
+        waits_for_client = self._client_events != LEFT_OUT and self._client_events & WRITABLE
+        return bool(waits_for_client) or unread_bytes(self.upstream.sock) > 0
 
     def _see_control(self) -> None:
         """The worker drains: look at its clock from now on, and no longer at the descriptor, which stays readable."""
@@ -5587,7 +5595,7 @@ class Relay:
         "events",
         "first_byte_at",
         "guarded",
-        "hung_up_ahead",
+        "hung_up_at",
         "last_byte_at",
         "memory",
         "message_stream",
@@ -5653,9 +5661,10 @@ class Relay:
         self.client_gone = False  # what a unix socket says before we have ended: it takes nothing any more
         # Why no more of the request can be written; judged when upstream's answer is known.
         self.broken: Abort | None = None
-        # Upstream's connection has failed, or ended (in a tunnel: both ways), while what came before waits for the
-        # client. Its error is not asked for: that would take it, and a read behind the last octet then shows an end.
-        self.hung_up_ahead = False
+        # When upstream's connection failed, or ended (in a tunnel: both ways), while what came before waits for the
+        # client; None: it has not. Its error is not asked for: that would take it, and a read behind the last octet
+        # then shows an end.
+        self.hung_up_at: float | None = None
         # Reads of the request body beyond what came with the head: those octets can't be sent again.
         self.body_reads = 0
         self._noted_head: ResponseHead | None = None  # see note_progress
@@ -5814,7 +5823,7 @@ class Relay:
                         due_at = 0.0
             if response.pending:
                 client_events = max(client_events, 0) | client.write_event
-                if not self.hung_up_ahead:
+                if self.hung_up_at is None:
                     # No more of it is wanted now, but its failure, and its end where that comes too early.
                     upstream_events |= select.POLLERR if self.tunnel else POLLRDHUP
             elif not response.finished:
@@ -5847,7 +5856,7 @@ class Relay:
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
                 if response.pending and upstream_ready & (FAILED if self.tunnel else HUNG_UP):
-                    self.hung_up_ahead = True  # it would end each wait at once
+                    self.hung_up_at = now  # it would end each wait at once
                 if (
                     not response.pending
                     and not response.finished
@@ -6337,7 +6346,7 @@ class Relay:
         """Returns: the abort that decides: where this one came after upstream had failed in the middle of its response,
         that failure, for which all that upstream had sent before is read.
         """
-        if not self.hung_up_ahead or abort.cause in (Cause.INTERNAL, Cause.RESOURCE):
+        if self.hung_up_at is None or abort.cause in (Cause.INTERNAL, Cause.RESOURCE):
             return abort
         if abort.side is Side.UPSTREAM and abort.cause is not Cause.DEADLINE:
             return abort  # it is about upstream as it is
@@ -7285,7 +7294,7 @@ class Record:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        if relay.response.framing.complete or relay.hung_up_ahead:
+        if relay.response.framing.complete or relay.hung_up_at is not None:
             state = "had sent all of it"  # of a client's abort: else upstream's failure would have decided
         else:
             state = "was still sending" if counts["response_body"] else "had not ended it"
@@ -7718,7 +7727,7 @@ class ClientConnection:
         duration_s = time.monotonic() - began_at
         evidence = socket_evidence(self.client.sock, abort.cause is Cause.DEAD_PEER)
         if abort.cause is Cause.DEAD_PEER:
-            _time_verdict(abort, evidence)
+            _time_verdict(abort, evidence, 0.0)
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
         message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
@@ -8332,7 +8341,9 @@ class ClientConnection:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
             record.upstream_evidence = socket_evidence(upstream_sock, is_dead and by_upstream, spoke and by_upstream)
         if is_dead:
-            _time_verdict(abort, record.client_evidence if by_client else record.upstream_evidence)
+            told_at = relay.hung_up_at if relay is not None and by_upstream else None
+            evidence = record.client_evidence if by_client else record.upstream_evidence
+            _time_verdict(abort, evidence, 0.0 if told_at is None else time.monotonic() - told_at)
         if connection is not None and connection.endpoint is None and connection.sock is not None:
             record.upstream = connection.name or None  # in the middle of the handshake
         self._drop_lease()
@@ -8593,13 +8604,16 @@ def log_connection_abort(
     )
 
 
-def _time_verdict(abort: Abort, evidence: dict[str, object] | None) -> None:
-    """Say of a peer that the kernel itself has given up how long it took: it counts from the last segment it heard."""
-    if abort.elapsed_s is not None:
+def _time_verdict(abort: Abort, evidence: dict[str, object] | None, age_s: float) -> None:
+    """Say of a peer that the kernel itself has given up, ``age_s`` ago, how long it took: it counts from the last
+    segment it heard.
+    """
+    heard = heard_s(evidence)
+    if abort.elapsed_s is not None or heard is None:
         return
-    abort.elapsed_s = elapsed_s = heard_s(evidence)
+    abort.elapsed_s = elapsed_s = max(0.0, heard - age_s)
     limit = abort.limit
-    if isinstance(limit, Limit) and limit.name == "peer_dead_timeout" and elapsed_s is not None:
+    if isinstance(limit, Limit) and limit.name == "peer_dead_timeout":
         at_least = limit.seconds * _PROBES_TAKE_AT_LEAST
         at_most = limit.seconds * _PROBES_TAKE_AT_MOST + _PROBES_ROUNDING_S
         if not at_least <= elapsed_s <= at_most:

@@ -325,7 +325,7 @@ class ClientConnection:
         duration_s = time.monotonic() - began_at
         evidence = socket_evidence(self.client.sock, abort.cause is Cause.DEAD_PEER)
         if abort.cause is Cause.DEAD_PEER:
-            _time_verdict(abort, evidence)
+            _time_verdict(abort, evidence, 0.0)
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
         message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
@@ -939,7 +939,9 @@ class ClientConnection:
             upstream_sock = connection.sock.sock if isinstance(connection.sock, TlsEndpoint) else connection.sock
             record.upstream_evidence = socket_evidence(upstream_sock, is_dead and by_upstream, spoke and by_upstream)
         if is_dead:
-            _time_verdict(abort, record.client_evidence if by_client else record.upstream_evidence)
+            told_at = relay.hung_up_at if relay is not None and by_upstream else None
+            evidence = record.client_evidence if by_client else record.upstream_evidence
+            _time_verdict(abort, evidence, 0.0 if told_at is None else time.monotonic() - told_at)
         if connection is not None and connection.endpoint is None and connection.sock is not None:
             record.upstream = connection.name or None  # in the middle of the handshake
         self._drop_lease()
@@ -1200,13 +1202,16 @@ def log_connection_abort(
     )
 
 
-def _time_verdict(abort: Abort, evidence: dict[str, object] | None) -> None:
-    """Say of a peer that the kernel itself has given up how long it took: it counts from the last segment it heard."""
-    if abort.elapsed_s is not None:
+def _time_verdict(abort: Abort, evidence: dict[str, object] | None, age_s: float) -> None:
+    """Say of a peer that the kernel itself has given up, ``age_s`` ago, how long it took: it counts from the last
+    segment it heard.
+    """
+    heard = heard_s(evidence)
+    if abort.elapsed_s is not None or heard is None:
         return
-    abort.elapsed_s = elapsed_s = heard_s(evidence)
+    abort.elapsed_s = elapsed_s = max(0.0, heard - age_s)
     limit = abort.limit
-    if isinstance(limit, Limit) and limit.name == "peer_dead_timeout" and elapsed_s is not None:
+    if isinstance(limit, Limit) and limit.name == "peer_dead_timeout":
         at_least = limit.seconds * _PROBES_TAKE_AT_LEAST
         at_most = limit.seconds * _PROBES_TAKE_AT_MOST + _PROBES_ROUNDING_S
         if not at_least <= elapsed_s <= at_most:

@@ -527,7 +527,7 @@ class Record:
                 waiting = "upstream had stopped reading the request"
             answered = counts["upstream_read"]
             return f"{waiting} and no response had reached {client}, {upstream} had answered {answered:,} bytes"
-        if relay.response.framing.complete or relay.hung_up_ahead:
+        if relay.response.framing.complete or relay.hung_up_at is not None:
             state = "had sent all of it"  # of a client's abort: else upstream's failure would have decided
         else:
             state = "was still sending" if counts["response_body"] else "had not ended it"

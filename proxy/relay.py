@@ -250,7 +250,7 @@ class Relay:
         "events",
         "first_byte_at",
         "guarded",
-        "hung_up_ahead",
+        "hung_up_at",
         "last_byte_at",
         "memory",
         "message_stream",
@@ -316,9 +316,10 @@ class Relay:
         self.client_gone = False  # what a unix socket says before we have ended: it takes nothing any more
         # Why no more of the request can be written; judged when upstream's answer is known.
         self.broken: Abort | None = None
-        # Upstream's connection has failed, or ended (in a tunnel: both ways), while what came before waits for the
-        # client. Its error is not asked for: that would take it, and a read behind the last octet then shows an end.
-        self.hung_up_ahead = False
+        # When upstream's connection failed, or ended (in a tunnel: both ways), while what came before waits for the
+        # client; None: it has not. Its error is not asked for: that would take it, and a read behind the last octet
+        # then shows an end.
+        self.hung_up_at: float | None = None
         # Reads of the request body beyond what came with the head: those octets can't be sent again.
         self.body_reads = 0
         self._noted_head: ResponseHead | None = None  # see note_progress
@@ -477,7 +478,7 @@ class Relay:
                         due_at = 0.0
             if response.pending:
                 client_events = max(client_events, 0) | client.write_event
-                if not self.hung_up_ahead:
+                if self.hung_up_at is None:
                     # No more of it is wanted now, but its failure, and its end where that comes too early.
                     upstream_events |= select.POLLERR if self.tunnel else POLLRDHUP
             elif not response.finished:
@@ -510,7 +511,7 @@ class Relay:
                 if request.pending and self.broken is None and upstream_ready & (upstream.write_event | FAILED):
                     self._flush_request(now)
                 if response.pending and upstream_ready & (FAILED if self.tunnel else HUNG_UP):
-                    self.hung_up_ahead = True  # it would end each wait at once
+                    self.hung_up_at = now  # it would end each wait at once
                 if (
                     not response.pending
                     and not response.finished
@@ -1000,7 +1001,7 @@ class Relay:
         """Returns: the abort that decides: where this one came after upstream had failed in the middle of its response,
         that failure, for which all that upstream had sent before is read.
         """
-        if not self.hung_up_ahead or abort.cause in (Cause.INTERNAL, Cause.RESOURCE):
+        if self.hung_up_at is None or abort.cause in (Cause.INTERNAL, Cause.RESOURCE):
             return abort
         if abort.side is Side.UPSTREAM and abort.cause is not Cause.DEADLINE:
             return abort  # it is about upstream as it is

@@ -11,9 +11,9 @@ import select
 import time
 
 from .aborts import Abort
-from .endpoint import NO_WAIT, READABLE, AnyEndpoint
+from .endpoint import NO_WAIT, READABLE, WRITABLE, AnyEndpoint
 from .inflight import Slot
-from .kernel import POLLRDHUP, acknowledged_progress
+from .kernel import POLLRDHUP, acknowledged_progress, unread_bytes
 from .limits import Limit, Watch
 from .vocabulary import Cause, Operation, Phase, Side
 
@@ -282,7 +282,7 @@ class Waiter:
         for endpoint in (self.client, self.upstream):
             if endpoint is not None and endpoint.pulse is not None:
                 silent_s = endpoint.pulse.silent_s(endpoint.sock, now)
-                if silent_s >= self.dead_limit.seconds:
+                if silent_s >= self.dead_limit.seconds and not (endpoint is self.upstream and self._has_more_to_give()):
                     # What is in flight was written; an unanswered probe was the kernel's own question.
                     phase = self.phase_of(endpoint.side, Operation.WRITE)
                     if phase is Phase.RESPONSE_HEAD:
@@ -295,6 +295,14 @@ class Waiter:
                         limit=self.dead_limit,
                         elapsed_s=silent_s,
                     )
+
+    def _has_more_to_give(self) -> bool:
+        """Whether octets of upstream wait for the client to take what came before them: it gets to have them, whatever
+        has become of upstream. The end that the kernel finds is told behind them.
+        """
+        assert self.upstream is not None
+        waits_for_client = self._client_events != LEFT_OUT and self._client_events & WRITABLE
+        return bool(waits_for_client) or unread_bytes(self.upstream.sock) > 0
 
     def _see_control(self) -> None:
         """The worker drains: look at its clock from now on, and no longer at the descriptor, which stays readable."""

@@ -406,7 +406,7 @@ def test_a_response_that_is_read_whole_is_no_matter_of_upstreams_any_more(length
         peer.close()
         relay = Relay.__new__(Relay)
         relay.settings, relay.upstream = settings, Endpoint(sock, Side.UPSTREAM, "upstream", None)
-        relay.tunnel, relay.broken, relay.hung_up_ahead = False, None, True
+        relay.tunnel, relay.broken, relay.hung_up_at = False, None, 0.0
         relay.request, relay.response = Flow(NO_BODY), Flow(LengthFraming(length))
         relay.response.framing.skip(5)
         relay.response_head = parse_response_head(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", SectionMemory())

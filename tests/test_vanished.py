@@ -71,8 +71,9 @@ def _await_pause(proxy: harness.ProxyProcess) -> None:
 
 @pytest.mark.netns
 @pytest.mark.parametrize("missing", [0, 5])
-def test_a_paused_client_gets_all_that_had_come_before_the_kernel_gave_upstream_up(
-    network: netns.Network, missing: int
+@pytest.mark.parametrize("limit", ["tcp_user_timeout", "peer_dead_timeout"])
+def test_a_paused_client_gets_all_that_had_come_before_upstream_vanished(
+    network: netns.Network, missing: int, limit: str
 ) -> None:
     # What a unix socket takes whose reader pauses, and some octets that the proxy then holds itself.
     first = int(pathlib.Path("/proc/sys/net/core/wmem_default").read_text()) + 27_000
@@ -88,7 +89,7 @@ def test_a_paused_client_gets_all_that_had_come_before_the_kernel_gave_upstream_
         wire.await_end()
 
     # The client comes by a unix socket: the user timeout would end it on TCP, too, as it pauses.
-    options = ("--peer-dead-timeout", "2", "--tcp-user-timeout", "1")
+    options = ("--peer-dead-timeout", "2", *(("--tcp-user-timeout", "1") if limit == "tcp_user_timeout" else ()))
     network.restore()
     with contextlib.ExitStack() as stack:
         with netns.inside(network.there):
@@ -104,8 +105,9 @@ def test_a_paused_client_gets_all_that_had_come_before_the_kernel_gave_upstream_
         network.drop()
         assert proxy.wait_in_flight()["bytes"]["upstream_read"] < len(body)
         port = int(upstream.url.rpartition(":")[2])
-        harness.wait_until(lambda: _given_up(proxy, port))
-        time.sleep(2.0)  # the pause is what is tested: it goes on for --peer-dead-timeout
+        harness.wait_until(lambda: _given_up(proxy, port), 8.0)
+        if limit == "tcp_user_timeout":
+            time.sleep(2.0)  # the pause is what is tested: it goes on for --peer-dead-timeout
         assert not proxy.requests()
         response = wire.read_response()
         assert response.body == body
@@ -115,7 +117,9 @@ def test_a_paused_client_gets_all_that_had_come_before_the_kernel_gave_upstream_
         if missing:
             assert not response.whole
             assert _words(record) == ("request.abort", "upstream", "response_body", "dead_peer")
-            assert record["limit"]["name"] == "tcp_user_timeout"
+            assert record["limit"]["name"] == limit
+            # The client's pause is none of it.
+            assert record["limit"]["elapsed_s"] < (2.8 if limit == "tcp_user_timeout" else 7.0)
         else:
             assert record["event"] == "request.complete"
 
@@ -323,9 +327,16 @@ def test_a_verdict_of_the_kernel_names_the_limit_that_it_fits(
 ) -> None:
     limit = Limit("peer_dead_timeout", 4.0, "flag")
     abort = Abort(Side.CLIENT, Phase.RESPONSE_BODY, Operation.WRITE, Cause.DEAD_PEER, limit=limit)
-    exchange._time_verdict(abort, {"last_ack_s": last_ack_s, "last_data_recv_s": last_data_recv_s})
+    exchange._time_verdict(abort, {"last_ack_s": last_ack_s, "last_data_recv_s": last_data_recv_s}, 0.0)
     assert abort.elapsed_s == elapsed_s
     assert abort.limit is (limit if named else None)
+
+
+def test_a_verdict_that_had_to_wait_for_a_paused_client_is_as_old_as_it_is() -> None:
+    limit = Limit("peer_dead_timeout", 4.0, "flag")
+    abort = Abort(Side.UPSTREAM, Phase.RESPONSE_BODY, Operation.READ, Cause.DEAD_PEER, limit=limit)
+    exchange._time_verdict(abort, {"last_ack_s": 906.0, "last_data_recv_s": 950.0}, 900.0)
+    assert (abort.elapsed_s, abort.limit) == (6.0, limit)
 
 
 def test_a_verdict_of_the_kernel_keeps_the_user_timeout_and_what_is_known_already() -> None:
@@ -341,7 +352,7 @@ def test_a_verdict_of_the_kernel_keeps_the_user_timeout_and_what_is_known_alread
         abort = Abort(
             Side.CLIENT, Phase.RESPONSE_BODY, Operation.WRITE, Cause.DEAD_PEER, limit=limit, elapsed_s=before_s
         )
-        exchange._time_verdict(abort, evidence)
+        exchange._time_verdict(abort, evidence, 0.0)
         assert (abort.limit, abort.elapsed_s) == (limit, after_s)
 
 
