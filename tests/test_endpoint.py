@@ -4,6 +4,7 @@ where the socket fails in between.
 
 import collections.abc
 import contextlib
+import pathlib
 import select
 import socket
 import ssl
@@ -14,10 +15,13 @@ import pytest
 
 from conftest import Certificates
 from harness import wait_until
+from key_updates import KeyUpdates
+from peers import TlsWire
 from proxy import endpoint
 from proxy.endpoint import NO_WAIT, TlsEndpoint
 from proxy.framing import ConnectionFraming
 from proxy.kernel import unread_bytes
+from proxy.record import describe_exception
 from proxy.relay import Flow
 from proxy.vocabulary import Side
 
@@ -187,3 +191,149 @@ def flow_to(sink: TlsEndpoint, octets: bytes) -> Flow:
     flow.end = len(octets)
     flow.pending = True
     return flow
+
+
+# -- a peer that asks for new keys again and again, and takes no answer ------------------------------------------------
+
+UPDATES = 500  # in one go: few enough for the sockets between both
+ANSWER = 5 + 5 + 1 + 16  # octets: header, message, content type, tag
+MOST_UNSENT = 32 * 1024
+
+
+@contextlib.contextmanager
+def narrow_pair(
+    certificates: Certificates, keylog: pathlib.Path, side: Side
+) -> collections.abc.Iterator[tuple[TlsEndpoint, TlsWire, KeyUpdates]]:
+    """Give an endpoint whose peer is on ``side``, that peer, and what it can flood the endpoint with. The sockets
+    between them hold little.
+    """
+    accepts, connects = certificates.server_context(), certificates.client_context()
+    accepts.num_tickets = 0  # each would be a record
+    contexts = (accepts, connects) if side is Side.CLIENT else (connects, accepts)
+    contexts[1].minimum_version = ssl.TLSVersion.TLSv1_3
+    contexts[1].keylog_filename = str(keylog)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.socket()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        theirs.connect(listener.getsockname())
+        sock, _ = listener.accept()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    name = "localhost"
+    ours = TlsEndpoint(sock, side, "peer", None, contexts[0], None if side is Side.CLIENT else name)
+    peer = TlsWire(theirs, contexts[1], server_side=side is not Side.CLIENT, name=name if side is Side.CLIENT else None)
+    shaking = threading.Thread(target=peer.handshake)
+    shaking.start()
+    try:
+        while not ours.handshake():
+            wait(sock, ours.read_event)
+        shaking.join(10)
+        contexts[1].keylog_filename = None  # type: ignore[assignment]  # closes it, which the stub does not know
+        yield ours, peer, KeyUpdates(keylog, peer.tls, by="CLIENT" if side is Side.CLIENT else "SERVER", records=0)
+    finally:
+        ours.close()
+        peer.close()
+
+
+def read_all_there_is(ours: TlsEndpoint) -> None:
+    while unread_bytes(ours.sock):
+        with contextlib.suppress(BlockingIOError):
+            ours.read_into(memoryview(bytearray(RECORD)), 0, NO_WAIT)
+
+
+def flood(ours: TlsEndpoint, peer: TlsWire, updates: KeyUpdates, size: int) -> None:
+    """Ask for so many new keys that the answers are of ``size``."""
+    for _ in range(0, size, UPDATES * ANSWER):
+        peer.sock.sendall(updates.make(UPDATES))
+        wait(ours.sock, select.POLLIN)
+        read_all_there_is(ours)
+
+
+@pytest.mark.parametrize("side", [Side.CLIENT, Side.UPSTREAM])
+def test_a_peer_that_floods_key_updates_while_a_batch_is_half_sent_is_ended(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, side: Side
+) -> None:
+    monkeypatch.setattr(endpoint, "_MOST_UNSENT", MOST_UNSENT)
+    with narrow_pair(certificates, tmp_path / "keys", side) as (ours, peer, updates):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.write(b"a" * endpoint._BATCH_SIZE, NO_WAIT)
+        assert ours.mid_write
+        with pytest.raises(ssl.SSLError) as raised:
+            flood(ours, peer, updates, 2 * MOST_UNSENT)
+        described = describe_exception(raised.value)
+        assert described is not None
+        assert described["text"] == "the peer asks for key updates and takes no answer"
+
+
+@pytest.mark.parametrize("side", [Side.CLIENT, Side.UPSTREAM])
+def test_why_a_peer_that_floods_key_updates_is_ended_is_said_in_a_sentence(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, side: Side
+) -> None:
+    """It takes a little now and then, and nothing else is on its way."""
+    monkeypatch.setattr(endpoint, "_MOST_UNSENT", MOST_UNSENT)
+    with narrow_pair(certificates, tmp_path / "keys", side) as (ours, peer, updates):
+
+        def takes_some() -> bool:
+            before = len(ours._unsent)
+            peer.sock.recv(4096)
+            return not ours.flush() and len(ours._unsent) < before
+
+        with pytest.raises(ssl.SSLError) as raised:  # noqa: PT012  # in either, as the socket takes more or less
+            flood(ours, peer, updates, 3 * MOST_UNSENT)
+            wait_until(takes_some)
+        described = describe_exception(raised.value)
+        assert described is not None
+        assert described["text"] == "the peer asks for key updates and takes no answer"
+
+
+def test_few_key_updates_are_answered_behind_a_batch_that_is_half_sent(
+    certificates: Certificates, tmp_path: pathlib.Path
+) -> None:
+    with narrow_pair(certificates, tmp_path / "keys", Side.CLIENT) as (ours, peer, updates):
+        body = memoryview(b"a" * (8 * endpoint._BATCH_SIZE))
+        written = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                written += ours.write(body[written:], NO_WAIT)
+        assert ours.mid_write
+        peer.sock.sendall(updates.make(UPDATES))
+        await_unread(ours, UPDATES * ANSWER)
+        read_all_there_is(ours)
+        got: list[bytes] = []
+        reading = threading.Thread(target=lambda: got.append(peer.read_exactly(len(body))))
+        reading.start()
+        while written < len(body):
+            wait(ours.sock, select.POLLOUT)
+            with contextlib.suppress(BlockingIOError):
+                written += ours.write(body[written:], NO_WAIT)
+        reading.join(10)
+        assert got == [body]
+
+
+# -- a handshake that fails, and a reset behind it ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_reset_behind_a_certificate_that_does_not_hold_does_not_hide_it(
+    certificates: Certificates, version: ssl.TLSVersion
+) -> None:
+    """The alert finds nobody, and what upstream has shown is the reason."""
+    context = certificates.server_context(certificate=certificates.stranger)
+    context.maximum_version = version
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    shows = context.wrap_bio(incoming, outgoing, server_side=True)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        upstream, _ = listener.accept()
+    ours = TlsEndpoint(sock, Side.UPSTREAM, "upstream", None, certificates.client_context(), "localhost")
+    with contextlib.closing(ours):
+        assert not ours.handshake()
+        incoming.write(upstream.recv(RECORD))
+        with pytest.raises(ssl.SSLWantReadError):
+            shows.do_handshake()
+        upstream.sendall(outgoing.read())
+        wait(sock, select.POLLIN)
+        reset(upstream)
+        wait(sock, select.POLLHUP)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            ours.handshake()

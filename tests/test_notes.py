@@ -1,5 +1,6 @@
 """What a configuration may say and is still worth a look: ``check`` prints it, ``serve`` logs it."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -10,6 +11,10 @@ import sys
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 import harness
 from harness import ProxyProcess
@@ -155,3 +160,72 @@ def test_serve_logs_them_and_looks_at_certificates_again(tmp_path: pathlib.Path)
         proxy.send_signal(signal.SIGHUP)
         note = proxy.wait_for(lambda record: record["event"] == "server.note" and "key" in record["message"])
         assert note["message"] == f"the key in {str(cert)!r} can be read by every user; chmod o-r mends it"
+
+
+# -- certificates that are good for one purpose, and whose time is over -----------------------------------------------
+
+_PURPOSES = {
+    "any": None,
+    "client": [ExtendedKeyUsageOID.CLIENT_AUTH],
+    "server": [ExtendedKeyUsageOID.SERVER_AUTH],
+    "both": [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH],
+}
+_DAY = datetime.timedelta(days=1)
+
+
+def _identity(path: pathlib.Path, purpose: str, first_day: int, last_day: int) -> str:
+    """Write a certificate and its key. ``first_day`` and ``last_day`` count from now."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "somebody")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + first_day * _DAY)
+        .not_valid_after(now + last_day * _DAY)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    )
+    if (usages := _PURPOSES[purpose]) is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+    plain = serialization.NoEncryption()
+    octets = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    path.write_bytes(octets + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "purpose"),
+    [
+        ("upstream-cert", "client"),
+        ("upstream-cert", "both"),
+        ("upstream-cert", "any"),
+        ("tls-cert", "server"),
+        ("tls-cert", "both"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("first_day", "last_day", "said"),
+    [(-3, -2, "certificate has expired"), (2, 3, "certificate is not yet valid"), (-3, 3, None)],
+    ids=["expired", "not_yet", "good"],
+)
+def test_a_certificate_that_is_not_valid_now_is_noted_whatever_it_is_good_for(
+    option: str, purpose: str, first_day: int, last_day: int, said: str | None, tmp_path: pathlib.Path
+) -> None:
+    cert = _identity(tmp_path / "cert.pem", purpose, first_day, last_day)
+    upstream = ("--upstream", "https://localhost:1", "--upstream-ca", cert)
+    name = option.replace("-", "_")
+    assert notes(*upstream, f"--{option}", cert) == (
+        [] if said is None else [f"{name} {cert!r}: {said}; peers that check it will refuse it"]
+    )
+
+
+def test_serve_logs_that_the_certificate_for_upstream_has_expired(tmp_path: pathlib.Path) -> None:
+    cert = _identity(tmp_path / "cert.pem", "client", -3, -2)
+    with ProxyProcess("https://localhost:1", "--upstream-ca", cert, "--upstream-cert", cert) as proxy:
+        note = proxy.wait_for(lambda record: record["event"] == "server.note")
+        assert note["level"] == "warning"
+        assert note["message"].startswith(f"upstream_cert {cert!r}: certificate has expired")
