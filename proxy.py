@@ -3996,7 +3996,7 @@ class TlsEndpoint(Endpoint):
             try:
                 sent = self.sock.send(self._unsent)
             except BlockingIOError:
-                return False
+                sent = 0
             self._unsent = self._unsent[sent:]
             if len(self._unsent) > _MOST_UNSENT:
                 raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer asks for key updates and takes no answer")
@@ -7468,7 +7468,7 @@ one place that asks the kernel for evidence, closes upstream, and answers the cl
 """
 
 
-# --- proxy/exchange.py, line 71 ---
+# --- proxy/exchange.py, line 73 ---
 
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
@@ -7707,6 +7707,7 @@ class ClientConnection:
                 failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit)
                 if failure.cause is Cause.TLS:
                     self._ending = "linger"  # a client of TLS 1.3 may send its request by now, and is to see the alert
+                    self._overdue = True  # but is not waited for: anybody may fail a handshake, and take nothing of it
             self._connection_abort(failure, began_at)
             return False
         finally:
@@ -8501,14 +8502,19 @@ class ClientConnection:
         events = WRITABLE | READABLE
         poller = select.poll()
         patience = self.settings.client_write_timeout
-        began_at = time.monotonic()
+        before, moved_at = acknowledged_progress(client.sock), time.monotonic()
         while not client.flush():
             now = time.monotonic()
-            if self._waits_in_vain(until, now) or (patience is not None and now - began_at >= patience.seconds):
+            progress = acknowledged_progress(client.sock)
+            if progress != before:
+                before, moved_at = progress, now
+            if self._waits_in_vain(until, now) or (patience is not None and now - moved_at >= patience.seconds):
                 return
             poller.register(client.fd, events)
-            if any(ready & READABLE for _, ready in poller.poll(100)) and not client.sock.recv(_HEAD_READ, NO_WAIT):
-                events = WRITABLE  # its end, which would end each wait at once
+            if any(ready & READABLE for _, ready in poller.poll(100)):
+                with contextlib.suppress(BlockingIOError):  # nothing to read after all
+                    if not client.sock.recv(_HEAD_READ, NO_WAIT):
+                        events = WRITABLE  # its end, which would end each wait at once
 
     def _waits_in_vain(self, until: float | None, now: float) -> bool:
         """Whether the last octets for the client are given up: a limit has run out, the worker ends, or it is dead."""

@@ -385,7 +385,7 @@ class TlsEndpoint(Endpoint):
             try:
                 sent = self.sock.send(self._unsent)
             except BlockingIOError:
-                return False
+                sent = 0
             self._unsent = self._unsent[sent:]
             if len(self._unsent) > _MOST_UNSENT:
                 raise ssl.SSLError(ssl.SSL_ERROR_SSL, "the peer asks for key updates and takes no answer")

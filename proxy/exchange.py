@@ -7,6 +7,7 @@ Whatever goes wrong with a request is an ``Abort`` and ends in ``Record.__exit__
 one place that asks the kernel for evidence, closes upstream, and answers the client or cuts its response.
 """
 
+import contextlib
 import itertools
 import os
 import select
@@ -51,6 +52,7 @@ from .inflight import SlotStore
 from .kernel import (
     POLLRDHUP,
     PeerPulse,
+    acknowledged_progress,
     heard_s,
     reset_on_close,
     socket_evidence,
@@ -305,6 +307,7 @@ class ClientConnection:
                 failure = socket_abort(Side.CLIENT, Phase.TLS_HANDSHAKE, Operation.HANDSHAKE, error, limit)
                 if failure.cause is Cause.TLS:
                     self._ending = "linger"  # a client of TLS 1.3 may send its request by now, and is to see the alert
+                    self._overdue = True  # but is not waited for: anybody may fail a handshake, and take nothing of it
             self._connection_abort(failure, began_at)
             return False
         finally:
@@ -1099,14 +1102,19 @@ class ClientConnection:
         events = WRITABLE | READABLE
         poller = select.poll()
         patience = self.settings.client_write_timeout
-        began_at = time.monotonic()
+        before, moved_at = acknowledged_progress(client.sock), time.monotonic()
         while not client.flush():
             now = time.monotonic()
-            if self._waits_in_vain(until, now) or (patience is not None and now - began_at >= patience.seconds):
+            progress = acknowledged_progress(client.sock)
+            if progress != before:
+                before, moved_at = progress, now
+            if self._waits_in_vain(until, now) or (patience is not None and now - moved_at >= patience.seconds):
                 return
             poller.register(client.fd, events)
-            if any(ready & READABLE for _, ready in poller.poll(100)) and not client.sock.recv(_HEAD_READ, NO_WAIT):
-                events = WRITABLE  # its end, which would end each wait at once
+            if any(ready & READABLE for _, ready in poller.poll(100)):
+                with contextlib.suppress(BlockingIOError):  # nothing to read after all
+                    if not client.sock.recv(_HEAD_READ, NO_WAIT):
+                        events = WRITABLE  # its end, which would end each wait at once
 
     def _waits_in_vain(self, until: float | None, now: float) -> bool:
         """Whether the last octets for the client are given up: a limit has run out, the worker ends, or it is dead."""

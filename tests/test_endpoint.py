@@ -240,6 +240,15 @@ def read_all_there_is(ours: TlsEndpoint) -> None:
             ours.read_into(memoryview(bytearray(RECORD)), 0, NO_WAIT)
 
 
+def fill(sock: socket.socket) -> int:
+    """Returns: how many octets it took. What they are the peer never sees."""
+    taken = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            taken += sock.send(b"\0" * ANSWER)
+    return taken
+
+
 def flood(ours: TlsEndpoint, peer: TlsWire, updates: KeyUpdates, size: int) -> None:
     """Ask for so many new keys that the answers are of ``size``."""
     for _ in range(0, size, UPDATES * ANSWER):
@@ -284,6 +293,19 @@ def test_why_a_peer_that_floods_key_updates_is_ended_is_said_in_a_sentence(
         described = describe_exception(raised.value)
         assert described is not None
         assert described["text"] == "the peer asks for key updates and takes no answer"
+
+
+@pytest.mark.parametrize("side", [Side.CLIENT, Side.UPSTREAM])
+def test_a_peer_that_floods_key_updates_and_takes_nothing_is_ended_though_nothing_else_is_sent(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, side: Side
+) -> None:
+    """Once the socket is full it takes nothing at all, and what is kept for it grows."""
+    monkeypatch.setattr(endpoint, "_MOST_UNSENT", MOST_UNSENT)
+    with narrow_pair(certificates, tmp_path / "keys", side) as (ours, peer, updates):
+        wait_until(lambda: not fill(ours.sock), what="a socket without any room")
+        with pytest.raises(ssl.SSLError, match="takes no answer"):
+            flood(ours, peer, updates, 4 * MOST_UNSENT)
+        assert len(ours._unsent) < 2 * MOST_UNSENT
 
 
 def test_few_key_updates_are_answered_behind_a_batch_that_is_half_sent(

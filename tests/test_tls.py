@@ -15,6 +15,7 @@ import time
 import pytest
 
 import harness
+import peers
 from conftest import Certificates
 from harness import LogRecord, ProxyProcess, wait_until
 from key_updates import KeyUpdates
@@ -24,6 +25,7 @@ from proxy.config import load_settings
 from proxy.endpoint import TlsEndpoint
 from proxy.exchange import ClientConnection, Worker
 from proxy.inflight import InFlightTable
+from proxy.kernel import unread_bytes
 from proxy.log import EventLog
 from proxy.record import Tally
 from proxy.tls import read_contexts
@@ -201,6 +203,24 @@ def test_a_client_whose_certificate_does_not_do_sees_the_alert_whatever_it_sends
         assert not upstream.wires
 
 
+def test_a_client_that_fails_the_handshake_and_takes_nothing_is_not_held(certificates: Certificates) -> None:
+    """Whoever it is: nobody has asked for a certificate yet."""
+    with (
+        Upstream(answer_all(ok())) as upstream,
+        ProxyProcess(upstream.url, "--tls-cert", certificates.server, "--tls-client-ca", certificates.ca) as proxy,
+        connect(proxy.address, certificates.client_context(), receive_buffer=1, handshake=False) as wire,
+    ):
+        assert isinstance(wire, TlsWire)
+        with pytest.raises(ssl.SSLWantReadError):
+            wire.tls.do_handshake()
+        wire._flush()
+        # The first half of what the server has to say, which is as much as the window lets through.
+        wait_until(lambda: unread_bytes(wire.sock) >= 1000)
+        wire.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        proxy.wait_for(lambda record: record["event"] == "connection.abort" and record["cause"] == "tls")
+        proxy.wait_connections(0, timeout=8.0)
+
+
 # -- close_notify behind a response that the client takes late ---------------------------------------------------------
 
 BODY = os.urandom(200_000)
@@ -347,6 +367,24 @@ def test_a_client_that_takes_nothing_before_it_has_sent_all_gets_close_notify(
         assert ending.wire.read_to_end() == BODY
         assert ending.wire.end == "close_notify"
         ending.wire.cut_write()
+        ending.await_end()
+
+
+@pytest.mark.usefixtures("short")
+def test_close_notify_waits_for_a_client_that_is_slower_than_the_write_timeout_in_all(
+    log: EventLog, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes some all the time."""
+    monkeypatch.setattr(peers, "_READ", 8192)
+    with _ending(log, certificates, "close", "--client-write-timeout", "1.5") as ending:
+        began_at = time.monotonic()
+        got = b""
+        while part := ending.wire.read(8192):
+            got += part
+            time.sleep(0.1)
+        assert time.monotonic() - began_at > 2.0
+        assert got == BODY
+        assert ending.wire.end == "close_notify"
         ending.await_end()
 
 
