@@ -8476,14 +8476,10 @@ class ClientConnection:
         if ending == "close":
             return
         client = self.client
-        deadline = self.settings.client_write_deadline
-        until = None if deadline is None else time.monotonic() + deadline.seconds
-        if self._overdue:
-            until = time.monotonic() + _ANSWER_S
         try:
             if ending != "cut" and client.is_tls and not client.mid_write:
                 client.end_write()  # close_notify, which a cut response must not have, and half a record can't
-                self._await_flushed(until)
+                self._await_flushed(self._given_up_at())
             may_send_more = ending in ("linger", "cut") or bool(self._residue)
             if not may_send_more and not unread_bytes(client.sock) and not unsent_bytes(client.sock):
                 return  # the usual end: nothing is left to read or to send, and closing says so
@@ -8492,7 +8488,14 @@ class ClientConnection:
             return  # the client has closed already
         if ending != "idle":
             self._linger()
-        self._await_empty(until)
+        self._await_empty(self._given_up_at())
+
+    def _given_up_at(self) -> float | None:
+        """Returns: how long, from now on, the last octets wait for the client; None: as long as it lives."""
+        if self._overdue:
+            return time.monotonic() + _ANSWER_S
+        deadline = self.settings.client_write_deadline
+        return None if deadline is None else time.monotonic() + deadline.seconds
 
     def _await_flushed(self, until: float | None) -> None:
         """Wait until the socket has taken what TLS has to say last, on the terms of ``_await_empty``. What the client
@@ -8500,6 +8503,7 @@ class ClientConnection:
         """
         client = self.client
         events = WRITABLE | READABLE
+        dropped = 0
         poller = select.poll()
         patience = self.settings.client_write_timeout
         before, moved_at = acknowledged_progress(client.sock), time.monotonic()
@@ -8513,8 +8517,10 @@ class ClientConnection:
             poller.register(client.fd, events)
             if any(ready & READABLE for _, ready in poller.poll(100)):
                 with contextlib.suppress(BlockingIOError):  # nothing to read after all
-                    if not client.sock.recv(_HEAD_READ, NO_WAIT):
-                        events = WRITABLE  # its end, which would end each wait at once
+                    octets = client.sock.recv(_HEAD_READ, NO_WAIT)
+                    dropped += len(octets)
+                    if not octets or dropped >= _LINGER_BYTES:
+                        events = WRITABLE  # its end would end each wait at once
 
     def _waits_in_vain(self, until: float | None, now: float) -> bool:
         """Whether the last octets for the client are given up: a limit has run out, the worker ends, or it is dead."""
