@@ -175,7 +175,9 @@ class Machine:
             return False
         self._first_pid = int(children[0])
         if not self.booted:
-            return (pathlib.Path(f"/proc/{self._first_pid}") / "comm").read_text().strip() == "sleep"
+            with contextlib.suppress(OSError):  # a child of what comes before it, which has ended
+                return pathlib.Path(f"/proc/{self._first_pid}/comm").read_text().strip() == "sleep"
+            return False
         return self.path("/run/dbus/system_bus_socket").exists()
 
     def path(self, inside: str) -> pathlib.Path:

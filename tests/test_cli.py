@@ -474,6 +474,7 @@ def test_check_looks_at_what_peers_will_refuse(program: Program, certificates: p
         (("--log-file", "{}/circle"), "choose a path that can be written, or - for stderr"),
         (("--log-file", "{}/pipe"), "a named pipe needs a reader first"),
         (("--log-file", "{}"), "Is a directory; name a file in it"),
+        (("--log-file", "{}/new/"), "Is a directory; name a file in it"),
     ],
 )
 def test_places_that_can_not_be_had(

@@ -305,6 +305,45 @@ def test_a_file_without_an_end() -> None:
     assert "config '/dev/zero' (flag): is larger than 262,144 bytes; " in _error(["--config", "/dev/zero"])
 
 
+@pytest.mark.timeout(20)
+def test_a_named_pipe_that_nobody_writes_to_is_an_error_and_no_wait(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    assert f"config '{path}' (flag): can't be read: a named pipe that nobody writes to; " in _error(
+        ["--config", str(path)]
+    )
+
+
+def test_a_pipe_that_holds_it_all() -> None:
+    read_end, write_end = os.pipe()
+    with open(read_end, "rb"):
+        with open(write_end, "wb") as writer:
+            writer.write(b"workers = 3\n")
+        assert load_settings(["--config", f"/dev/fd/{read_end}"], {}).workers == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        'mkfifo pipe && { echo workers = 3 >pipe & } && "$@" --config pipe',
+        'echo workers = 3 | "$@" --config /dev/stdin',
+        '"$@" --config <(echo workers = 3)',
+    ],
+)
+def test_a_file_that_is_a_pipe(command: str, tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", command, "bash", sys.executable, "-m", "proxy", "check", "--json"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["settings"]["workers"]["value"] == 3
+
+
 def test_a_byte_order_mark_is_no_error(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "proxy.toml"
     path.write_bytes(b"\xef\xbb\xbfworkers = 3\n")

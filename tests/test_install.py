@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -96,6 +97,20 @@ def test_first_starts_at_once_share_an_environment_and_the_next_is_quick(checkou
     assert "run: making " in again.stderr
 
 
+def test_the_environment_of_an_older_python_does_where_no_new_one_can_be_made(checkout: Checkout) -> None:
+    """Debian has upgraded Python, and what makes an environment is missing."""
+    environment = checkout.root / ".venv-run"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True, timeout=PATIENCE_S)
+    (packages,) = environment.glob("lib/python3*/site-packages")
+    (packages / "here.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    (environment / ".made-for").write_text("an older Python\n")
+    broken = checkout.broken_modules("ensurepip")
+    done = checkout.run("--version", PATH=checkout.path_without_apt(), PYTHONPATH=broken)
+    assert done.returncode == 0, done
+    assert done.stderr.splitlines()[-1] == "run: going on with the environment that is there"
+    assert f"{environment}/bin/python)" in done.stdout
+
+
 def test_debians_own_packages_do_where_no_environment_can_be_made(checkout: Checkout) -> None:
     done = checkout.run("--version", PATH=checkout.path_without_apt(), PYTHONPATH=checkout.broken_modules("ensurepip"))
     assert (done.returncode, done.stderr) == (0, "")
@@ -136,6 +151,33 @@ def test_what_lies_where_the_user_stands_is_not_taken_for_a_package(checkout: Ch
     for path in ("", ":/does/not/exist", "/does/not/exist:"):
         done = checkout.run("--version", PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["run", "bundle", "test", "install", "make-certs"])
+def test_an_exported_cdpath_leads_no_script_astray(checkout: Checkout, script: str) -> None:
+    """With one, ``cd`` goes to another place of that name, or prints where it went."""
+    (checkout.elsewhere / "scripts").mkdir()
+    (checkout.elsewhere / "certs").mkdir()
+    done = subprocess.run(
+        [f"scripts/{script}", *(["--help"] if script == "install" else [])],
+        cwd=checkout.root,
+        env=os.environ | {"CDPATH": f"{checkout.elsewhere}:.", "PYTHON": "/does/not/exist"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    if script == "install":
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "scripts/install --uninstall" in done.stdout
+    elif script == "make-certs":
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"made in {checkout.root}/certs: ")
+        assert (checkout.root / "certs" / "cert.pem").exists()
+    else:
+        # It has found its own parts: that there is no such Python is said by another file than itself.
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"{script}: no /does/not/exist; install Python 3.11 or newer")
 
 
 # Another /run for one process, so that the machine's own docker socket is out of the way; `exec` keeps the process.
@@ -193,3 +235,29 @@ def test_scripts_that_start_the_proxy_need_nothing_installed(checkout: Checkout,
     if "strace" in done.stderr:
         pytest.skip(f"no tracing here: {done.stderr}")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+_OF_A_SOAK = "--minutes and --clients must be more than 0, and at most 10000"
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "text"),
+    [
+        ("soak", "--minutes=0", _OF_A_SOAK),
+        ("soak", "--minutes=nan", _OF_A_SOAK),
+        ("soak", "--minutes=-1", _OF_A_SOAK),
+        ("soak", "--clients=0", _OF_A_SOAK),
+        ("compare_origin", "--rate=0", "--rate must be a number above 0"),
+        ("compare_origin", "--size=nan", "--size must be a number above 0"),
+    ],
+)
+def test_numbers_with_which_nothing_would_be_tried_are_refused(script: str, argument: str, text: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(harness.ROOT / "scripts" / script), argument],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done
+    assert done.stderr.splitlines()[-1] == f"{script}: error: {text}"

@@ -161,9 +161,11 @@ def file_size_limit(size: int) -> collections.abc.Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_line_that_half_fits_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
+# A shell's "2> FILE" appends nothing by itself: it has a position of its own.
+@pytest.mark.parametrize("mode", ["ab", "wb"])
+def test_a_line_that_half_fits_leaves_nothing_behind(mode: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "log"
-    with open(path, "ab", buffering=0) as file:
+    with path.open("ab") if mode == "ab" else path.open("wb") as file:
         lines = LineFile(file.fileno(), SharedState())
         lines.write(b'{"a":1}\n')
         with file_size_limit(12), pytest.raises(OSError, match="only a part"):
@@ -461,6 +463,32 @@ def test_lines_that_a_killed_worker_has_lost_are_counted(upstream: Upstream, tmp
     check_stop(lost[-1], 10, lost)
 
 
+def mount_small_disk(directory: pathlib.Path, request: pytest.FixtureRequest) -> None:
+    """Mount a file system of 64 KiB, half of them taken by a file ``ballast``, until the test ends."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=65536", "none", str(directory)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mount is not allowed here: {mounted.stderr.decode().strip()}")
+    request.addfinalizer(lambda: subprocess.run(["umount", str(directory)], check=True))
+    (directory / "ballast").write_bytes(b"\0" * 32768)
+
+
+def whole_lines(path: pathlib.Path) -> list[harness.LogRecord]:
+    """Returns: the records in a full file. The part of one more can be seen there until its writer takes it back."""
+    octets = b""
+
+    def is_whole() -> bool:
+        nonlocal octets
+        octets = path.read_bytes()
+        return octets.endswith(b"\n")
+
+    wait_until(is_whole, what="a file of whole lines")
+    return parse_log(octets)
+
+
 @pytest.mark.parametrize("how", ["limit", "disk"])
 def test_a_disk_that_fills_up(
     how: str, upstream: Upstream, tmp_path: pathlib.Path, request: pytest.FixtureRequest
@@ -469,15 +497,7 @@ def test_a_disk_that_fills_up(
     directory = tmp_path / "disk"
     directory.mkdir()
     if how == "disk":
-        if os.geteuid() != 0:
-            pytest.skip("mounting a small file system needs root")
-        mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=65536", "none", str(directory)], capture_output=True, check=False
-        )
-        if mounted.returncode:
-            pytest.skip(f"mount is not allowed here: {mounted.stderr.decode().strip()}")
-        request.addfinalizer(lambda: subprocess.run(["umount", str(directory)], check=True))
-        (directory / "ballast").write_bytes(b"\0" * 32768)
+        mount_small_disk(directory, request)
     prefix = ("prlimit", "--fsize=65536") if how == "limit" else ()
     path, stderr_path = directory / "log", tmp_path / "stderr"
     with start_with_log(upstream, path, stderr_path, prefix) as (process, address):
@@ -491,7 +511,7 @@ def test_a_disk_that_fills_up(
         count = 150
         load(count)
         wait_until(lambda: b"request.complete" in stderr_path.read_bytes(), what="lines on stderr")
-        in_file = parse_log(path.read_bytes())  # whole lines, and nothing else
+        in_file = whole_lines(path)
         if how == "disk":
             (directory / "ballast").unlink()
             load(5)
@@ -504,6 +524,49 @@ def test_a_disk_that_fills_up(
     assert len(requests) == len(set(requests)) == count
     # A short line may still have found room.
     check_stop(next(record for record in kept + lost if record["event"] == "server.stop"), count, lost)
+
+
+def test_stderr_on_a_disk_that_fills_up(
+    upstream: Upstream, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> None:
+    """With room again the log goes on after the last whole line."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mount_small_disk(directory, request)
+    stderr_path = directory / "stderr"
+    with start_with_log(upstream, pathlib.Path("-"), stderr_path) as (process, address):
+
+        def load(count: int) -> None:
+            for _ in range(count):
+                with connect(address) as wire:
+                    wire.get()
+                    assert wire.read_response().status == 200
+
+        load(80)
+        before = whole_lines(stderr_path)
+        assert len(before) < 80, "the disk is too large"
+        (directory / "ballast").unlink()
+        load(5)
+        process.terminate()
+        assert process.wait(10) == 0
+    after = parse_log(stderr_path.read_bytes())
+    assert after[: len(before)] == before
+    completed = [record for record in after if record["event"] == "request.complete"]
+    stop = after[-1]
+    assert (stop["event"], stop["requests"]["complete"]) == ("server.stop", 85)
+    assert 0 < stop["lost_log_lines"] == 85 - len(completed)
+
+
+def test_stderr_in_a_file_that_somebody_cuts_short(upstream: Upstream) -> None:
+    """As logrotate's copytruncate does."""
+    # The level is the default; naming it tells the helper that its file has not all records at the end.
+    with ProxyProcess(upstream.url, "--log-file=-", "--workers=2", "--log-level=info") as proxy:
+        ask(proxy, count=5)
+        proxy.wait_requests(5)
+        os.truncate(proxy.stderr_path, 0)
+        for _ in range(10):
+            ask(proxy)
+        proxy.wait_requests(10)
 
 
 def test_a_reader_of_stderr_that_stops(upstream: Upstream) -> None:

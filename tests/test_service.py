@@ -1,6 +1,8 @@
 """``scripts/install`` and the systemd service it makes, on throw-away machines with a systemd of their own."""
 
 import collections.abc
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -160,15 +162,17 @@ def test_from_nothing_to_a_service_and_back(machine: machines.Machine) -> None:
     assert snapshot(machine) == installed
     assert property_of(machine, "MainPID") == pid
 
-    # A newer version comes in its place, and the configuration stays.
-    config = machine.path(CONFIG)
+    # A newer version comes in its place, and the configuration stays, that of how long logs are kept, too.
+    config, rotation = machine.path(CONFIG), machine.path("/etc/logrotate.d/abort-proxy")
     config.write_text(config.read_text() + "client_write_timeout = 90\n")
+    rotation.write_text(rotation.read_text().replace("rotate 14", "rotate 60"))
     program = machine.path("/root/checkout/proxy.py")
     program.write_text(program.read_text() + "\n# newer\n")
     upgraded = machine.run(INSTALL).stdout
     assert upgraded.splitlines()[:-1] == [f"install: bring up to date {PROGRAM}", "install: start the service"]
     assert machine.path(PROGRAM).read_text().endswith("# newer\n")
     assert config.read_text().endswith("client_write_timeout = 90\n")
+    assert "rotate 60\n" in rotation.read_text()
     assert property_of(machine, "MainPID") != pid
     start = [record for record in journal(machine) if record["event"] == "server.start"][-1]
     settings = start["settings"]
@@ -189,6 +193,67 @@ def test_from_nothing_to_a_service_and_back(machine: machines.Machine) -> None:
     assert "nothing to remove" in machine.run(INSTALL, "--uninstall").stdout
 
 
+def make_package(machine: machines.Machine, name: str, fields: str = "") -> str:
+    """Returns: the path of a new, empty package."""
+    control = machine.path(f"/root/{name}/DEBIAN/control")
+    control.parent.mkdir(parents=True)
+    described = f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: test\nDescription: test\n"
+    control.write_text(described + fields)
+    machine.run("dpkg-deb", "--build", f"/root/{name}")
+    return f"/root/{name}.deb"
+
+
+def runs_apt(machine: machines.Machine) -> bool:
+    """Returns: whether an apt-get that is to install packages runs there."""
+    commands = []
+    for path in machine.path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # has ended just now
+            commands.append(path.read_bytes().split(b"\0"))
+    return any(words[0] == b"apt-get" and b"install" in words and b"-s" not in words for words in commands)
+
+
+def test_packages_that_others_asked_for_stay() -> None:
+    with machines.Machine(booted=False) as machine:
+        machine.run("groupadd", "--system", "docker")
+        theirs = make_package(machine, "theirs")
+        # Another one's apt is at work when ours comes, and brings a package.
+        with machine.path("/var/lib/dpkg/lock-frontend").open("wb") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            process = machine.start(INSTALL)
+            wait_until(lambda: runs_apt(machine), 20, "our apt-get")
+            machine.run("dpkg", "--install", theirs, DPKG_FRONTEND_LOCKED="1")
+        assert process.wait(60) == 0
+        noted = machine.path("/var/lib/abort-proxy/made").read_text().splitlines()
+        assert {"package python3", "package openssl"} <= set(noted)
+        assert "package theirs" not in noted
+        # Later somebody wants for himself what came along with ours.
+        machine.run("apt-get", "-qq", "-y", "install", "openssl")
+        said = machine.run(INSTALL, "--uninstall", "--dry-run").stdout
+        removed = re.search("^install: would remove the packages (.*)$", said, re.MULTILINE)
+        assert removed is not None, said
+        assert "python3" in removed[1].split()
+        assert not {"theirs", "openssl"} & set(removed[1].split())
+
+
+def test_installed_after_plain_su_with_an_own_tmpdir() -> None:
+    """Root's PATH is then that of a user, and with libpam-tmpdir nobody else may look below root's TMPDIR."""
+    with machines.Machine(booted=False) as machine:
+        machine.run("groupadd", "--system", "docker")
+        machine.run("sh", "-c", "mkdir -m 711 /tmp/user && mkdir -m 700 /tmp/user/0")
+        path = "/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games"
+        # Where "cd scripts/.." would go first.
+        cdpath = "/root/other:."
+        machine.path("/root/other/scripts").mkdir(parents=True)
+
+        def install(*arguments: str) -> str:
+            # Not by exec, which would make an absolute path of it.
+            shell = ("bash", "-c", 'cd /root/checkout && scripts/install "$@"', "install")
+            return machine.run(*shell, *arguments, PATH=path, CDPATH=cdpath, TMPDIR="/tmp/user/0").stdout
+
+        assert f"install: would write {PROGRAM}\n" in install("--dry-run")
+        assert f"install: write {PROGRAM}\n" in install()
+
+
 def test_what_is_the_users_survives(machine: machines.Machine) -> None:
     machine.path("/etc/abort-proxy").mkdir()
     machine.path(CONFIG).write_text('listen = "unix:/run/abort-proxy/http.sock"\n')
@@ -199,12 +264,7 @@ def test_what_is_the_users_survives(machine: machines.Machine) -> None:
     assert ask(machine, "/run/abort-proxy/http.sock").startswith("HTTP/1.1 200 ")
     machine.path("/etc/abort-proxy/server.key").write_text("secret")
     # A package that came with it, and that something else needs now.
-    machine.path("/root/needs").mkdir()
-    machine.path("/root/needs/DEBIAN").mkdir()
-    fields = "Package: needs-urllib3\nVersion: 1\nArchitecture: all\nMaintainer: test\nDescription: test\n"
-    machine.path("/root/needs/DEBIAN/control").write_text(fields + "Depends: python3-urllib3\n")
-    machine.run("dpkg-deb", "--build", "/root/needs")
-    machine.run("dpkg", "--install", "/root/needs.deb")
+    machine.run("dpkg", "--install", make_package(machine, "needs-urllib3", "Depends: python3-urllib3\n"))
 
     said = machine.run(INSTALL, "--uninstall").stdout
     assert machine.path(CONFIG).read_text() == 'listen = "unix:/run/abort-proxy/http.sock"\n'
@@ -243,6 +303,13 @@ def test_the_service_reloads_restarts_and_rotates(machine: machines.Machine) -> 
     config.write_text("listen = 7\n")
     machine.run("systemctl", "restart", "abort-proxy", status=1)
     assert (property_of(machine, "ActiveState"), property_of(machine, "ExecMainStatus")) == ("failed", "2")
+
+    # While it is down, a check as its user finds the place where its socket will be.
+    config.write_text(good.replace("127.0.0.1:2375", "unix:/run/abort-proxy/http.sock"))
+    as_user = ("setpriv", "--reuid=abort-proxy", "--regid=abort-proxy", "--init-groups")
+    checked = machine.run(*as_user, "abort-proxy", "check", "--config", CONFIG).stdout
+    assert re.search(f"^listen +unix:/run/abort-proxy/http.sock +file:{CONFIG}:", checked, re.MULTILINE), checked
+    assert not machine.path("/run/abort-proxy/http.sock").exists()
 
     # A log in a file, rotated.
     config.write_text(good + 'log_file = "/var/log/abort-proxy/proxy.jsonl"\n')

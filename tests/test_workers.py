@@ -502,6 +502,20 @@ def test_a_port_in_use_is_one_clear_line() -> None:
     assert "another process listens there" in done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount of its own")
+def test_localhost_is_where_clients_look_for_it_first(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    """The hosts file of Debian's installer names both, and the resolver has ::1 first."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
+    shell = 'mount --bind "$0" /etc/hosts && exec "$@"'
+    prefix = ("unshare", "--mount", "--propagation=private", "sh", "-c", shell, str(hosts))
+    with ProxyProcess(upstream.url, listen="localhost:0", prefix=prefix) as proxy:
+        with connect(("127.0.0.1", proxy.port)) as wire:
+            wire.get()
+            assert wire.read_response().status == 200
+        assert proxy.listen == f"127.0.0.1:{proxy.port}"
+
+
 def test_two_proxies_do_not_share_a_port(upstream: Upstream) -> None:
     """With SO_REUSEPORT a second one would silently take half of the connections."""
     with ProxyProcess(upstream.url, "--workers", "2") as proxy:
