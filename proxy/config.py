@@ -487,8 +487,7 @@ _PIPE_PATIENCE_MS = 3000
 def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     where = f"config {_quoted(path)} ({source})"
     try:
-        with open(path, "rb", opener=_open_patiently) as file:
-            octets = file.read(_LARGEST_FILE + 1)
+        octets = _read_patiently(path)
     except OSError as error:
         raise ConfigError(f"{where}: can't be read: {error.strerror}; check the path and its permissions") from error
     if len(octets) > _LARGEST_FILE:
@@ -534,17 +533,27 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     return given
 
 
-def _open_patiently(path: str, flags: int) -> int:
-    """Returns: a descriptor. Raises: OSError, also for a named pipe that nobody writes to for a while."""
-    fd = os.open(path, flags | os.O_NONBLOCK)
-    if stat.S_ISFIFO(os.fstat(fd).st_mode):
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        if not poller.poll(_PIPE_PATIENCE_MS):
-            os.close(fd)
-            raise OSError(errno.ENXIO, "a named pipe that nobody writes to")
-    os.set_blocking(fd, True)
-    return fd
+def _read_patiently(path: str) -> bytes:
+    """Returns: the octets of a file, at most one more than the largest has.
+
+    Raises: OSError, also for a named pipe that nobody opens to write for a while. Whoever has opened it takes any time.
+    """
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+        first: bytes | None = None
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            poller = select.poll()
+            poller.register(file, select.POLLIN)
+            if not poller.poll(_PIPE_PATIENCE_MS):
+                first = file.read(1)  # None if there is a writer, such as that of <(ssh HOST cat FILE)
+                if first == b"":
+                    raise OSError(errno.ENXIO, "a named pipe that nobody writes to")
+        os.set_blocking(file.fileno(), True)
+        with open(file.fileno(), "rb", closefd=False) as whole:
+            return (first or b"") + whole.read(_LARGEST_FILE + 1)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _text_of(option: Option, value: object, source: str) -> str:

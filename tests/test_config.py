@@ -1,5 +1,6 @@
 """Options: where values come from, which of them wins, and that every refusal says what, where and how to mend it."""
 
+import concurrent.futures
 import dataclasses
 import errno
 import json
@@ -342,6 +343,23 @@ def test_a_file_that_is_a_pipe(command: str, tmp_path: pathlib.Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["settings"]["workers"]["value"] == 3
+
+
+def test_whoever_writes_to_a_pipe_may_take_his_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a program that decrypts the file, and asks for a password first."""
+    monkeypatch.setattr(proxy.config, "_PIPE_PATIENCE_MS", 1)
+    read_end, write_end = os.pipe()
+    with (
+        open(read_end, "rb"),
+        concurrent.futures.ThreadPoolExecutor() as executor,
+        open(write_end, "wb", buffering=0) as writer,
+    ):
+        loading = executor.submit(load_settings, ["--config", f"/dev/fd/{read_end}"], {})
+        with pytest.raises(TimeoutError):
+            loading.result(0.2)
+        writer.write(b"workers = 3\n")
+        writer.close()
+        assert loading.result(5).workers == 3
 
 
 def test_a_byte_order_mark_is_no_error(tmp_path: pathlib.Path) -> None:

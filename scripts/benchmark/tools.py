@@ -128,7 +128,7 @@ def make_certificate(directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Pat
 def tell_commit() -> str:
     """Name the commit that `ours` is, and whether files of the package differ from it."""
     # A checkout may be another user's.
-    git = ["git", "-c", f"safe.directory={REPOSITORY}", "-C", REPOSITORY]
+    git = ["git", "-c", f"safe.directory={REPOSITORY}", "-C", str(REPOSITORY)]
     try:
         commit = run([*git, "describe", "--always"]).strip()
         changed = run([*git, "status", "--porcelain", "--", "proxy"]).strip()
