@@ -210,7 +210,7 @@ class _LeasedConnection:
             try:
                 sock = self._connect(family, address, wait, share_s)
             except _NoAnswerInTime:
-                continue
+                continue  # never of the last address: that one ends in a connection, its own error, or the limit
             except OSError as error:
                 if first_error is None:
                     first_error = error
