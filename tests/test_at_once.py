@@ -691,9 +691,9 @@ def test_a_connection_that_was_spliced_is_as_quick_as_before(tmp_path: pathlib.P
                 wire.get(target)
                 assert wire.read_response().status == 200
         assert len(upstream.wires) == 1
-        for target in ("/2", "/3", "/4", "/5"):
-            assert witness.seen(target) in ([AT_ONCE], [IN_VAIN, RELAY]), target
-        assert AT_ONCE in witness.seen("/4") + witness.seen("/5")
+    for target in ("/2", "/3", "/4", "/5"):
+        assert witness.seen(target) in ([AT_ONCE], [IN_VAIN, RELAY]), target
+    assert AT_ONCE in witness.seen("/4") + witness.seen("/5")
 
 
 def test_an_idle_connection_holds_no_relay(log: EventLog) -> None:
