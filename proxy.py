@@ -5399,6 +5399,17 @@ _BULK_BUFFER = 512 * 1024
 # Below this, two system calls through a pipe cost more than copying (scripts/bench measures both).
 _SPLICE_MIN = 128 * 1024
 _SPLICE_AT_ONCE = 1024 * 1024
+# How a transfer in bulk gives way while others move: in smaller portions, with a pause after each, in which whoever
+# waits for a core or the interpreter gets it. Without, a line beside a download waits for 1 to 3 ms now and then; the
+# 0.6 GiB/s that are left are more than most networks carry (docs/performance.md).
+_PORTION_BESIDE_OTHERS = 256 * 1024
+_PAUSE_BESIDE_OTHERS_S = 0.0001
+# For how long after one of them has moved.
+_BUSTLE_STAYS_S = 1.0
+# How many turns with small portions, one after another, make an exchange one of those others: in bulk there are some as
+# well, at the beginning above all.
+_SMALL_TURNS = 8
+_SMALL_TURNS_AT_FIRST = 2
 # What a client may send ahead of its turn while its response is awaited under TLS, where poll can't tell a FIN from
 # data.
 _MAX_RESIDUE = 64 * 1024
@@ -5433,6 +5444,23 @@ class PipeStore:
             pipe.close()
         else:
             self._free.append(pipe)
+
+
+class Bustle:
+    """When exchanges that are not in bulk last moved, in all workers: those that are give way to them."""
+
+    __slots__ = ("_moved_at", "own")
+
+    def __init__(self, moved_at: "memoryview[float]", index: int) -> None:
+        """``moved_at`` are times on the monotonic clock, one for each worker, in memory that may be shared; that of
+        this worker is at ``index``.
+        """
+        self._moved_at = moved_at
+        self.own = moved_at[index : index + 1]
+
+    def is_on(self, now: float) -> bool:
+        """Returns: whether any has moved lately."""
+        return now - max(self._moved_at) < _BUSTLE_STAYS_S
 
 
 class Flow:
@@ -5584,15 +5612,19 @@ class Relay:
     """Relays one request, whose head is known, over one leased upstream connection. One thread, once."""
 
     __slots__ = (
+        "_bustle",
         "_head_from",
         "_noted_finished",
         "_noted_head",
+        "_portion",
+        "_small_turns_due",
         "_stood",
         "awaited_from",
         "awaiting_continue",
         "body_reads",
         "bounds",
         "broken",
+        "bulky",
         "client",
         "client_fin",
         "client_gone",
@@ -5636,6 +5668,7 @@ class Relay:
         bounds: dict[str, Bound],
         waiter: Waiter,
         pipes: PipeStore,
+        bustle: Bustle,
         head: RequestHead,
         prepared: PreparedRequest,
         framing: Framing,
@@ -5646,6 +5679,10 @@ class Relay:
         self.bounds = bounds
         self.waiter = waiter
         self.pipes = pipes
+        self._bustle = bustle
+        self._small_turns_due = _SMALL_TURNS_AT_FIRST  # before they count
+        self.bulky = False  # whether it has been in bulk
+        self._portion = _SPLICE_AT_ONCE
         self.request_head = head
         self.prepared = prepared
         self.request_id = request_id
@@ -5852,6 +5889,12 @@ class Relay:
             if waiter.watches:
                 self._set_watches(now, client_events, upstream_events)
             self.note_progress()
+            if request.bulk or response.bulk:
+                self._give_way(now)
+            elif self._small_turns_due:
+                self._small_turns_due -= 1
+            else:
+                self._bustle.own[0] = now
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
             if due_at is None and not (request.pending or response.pending or response.bulk):
                 client_ready, upstream_ready, now = self._pass_on(client_ready, upstream_ready, now)
@@ -5894,6 +5937,16 @@ class Relay:
         if not (request.finished or self.tunnel):
             self._add_event("client", "unread")  # upstream had answered: the rest of the request goes nowhere
 
+    def _give_way(self, now: float) -> None:
+        """In bulk: leave room to those that are not, if any of them has moved lately."""
+        self.bulky = True
+        self._small_turns_due = _SMALL_TURNS
+        if self._bustle.is_on(now):
+            self._portion = _PORTION_BESIDE_OTHERS
+            time.sleep(_PAUSE_BESIDE_OTHERS_S)
+        else:
+            self._portion = _SPLICE_AT_ONCE
+
     def _pass_on(self, client_ready: int, upstream_ready: int, now: float) -> tuple[int, int, float]:
         """Pass on one small portion after the other, as long as each is taken whole and nothing else happens.
 
@@ -5901,7 +5954,7 @@ class Relay:
         so they do without finding that out. What is out of the ordinary is left to the loop and what it calls.
         Returns: what the last wait has found and was not dealt with. Raises: Abort.
         """
-        waiter, request, response = self.waiter, self.request, self.response
+        waiter, request, response, moved_at = self.waiter, self.request, self.response, self._bustle.own
         while True:
             if upstream_ready == READABLE and not client_ready:
                 flow = response
@@ -5958,6 +6011,10 @@ class Relay:
                 request.content_before + request.framing.content,
                 response.content_before + response.framing.content,
             )
+            if self._small_turns_due:
+                self._small_turns_due -= 1
+            else:
+                moved_at[0] = now
             if sink.has_unread:
                 return 0, 0, now  # a write under TLS may have read
             client_ready, upstream_ready, now = waiter.wait_again()
@@ -6219,7 +6276,7 @@ class Relay:
         try:
             if request.bulk:
                 octets, view = request.bulk_buffer()
-                count = client.read_into(view, 0, NO_WAIT)
+                count = client.read_into(view[: self._portion], 0, NO_WAIT)
             else:
                 octets = client.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
@@ -6327,7 +6384,7 @@ class Relay:
         try:
             if response.bulk:
                 octets, view = response.bulk_buffer()
-                count = upstream.read_into(view, 0, NO_WAIT)
+                count = upstream.read_into(view[: self._portion], 0, NO_WAIT)
             elif soon:
                 octets = self.waiter.read_soon(upstream, FIRST_READ)
                 count = len(octets)
@@ -6694,7 +6751,7 @@ class Relay:
         assert sink is not None
         assert pipe is not None
         try:
-            count = pipe.fill(source.fd, min(flow.framing.opaque(), _SPLICE_AT_ONCE))
+            count = pipe.fill(source.fd, min(flow.framing.opaque(), self._portion))
         except BlockingIOError:
             return  # nothing to read after all: poll says when
         except OSError as error:
@@ -7528,6 +7585,7 @@ class Worker:
         pool: AnyPool,
         server_tls: ssl.SSLContext | None,
         slots: SlotStore,
+        bustle: Bustle,
     ) -> None:
         self.settings = settings
         self.log = log
@@ -7537,6 +7595,7 @@ class Worker:
         self.server_tls = server_tls
         self.slots = slots
         self.pipes = PipeStore()
+        self.bustle = bustle
         # Bounds by the names that MalformedMessage uses.
         self.bounds = {
             "max_head_size": settings.max_head_size,
@@ -7783,10 +7842,12 @@ class ClientConnection:
             relay.release()
             self.waiter.forget_phases()
             self.client.end_splice()
+        if relay is None or not relay.bulky:
+            worker.bustle.own[0] = record.first_at
         if record.abort is not None:
             record.forget()
+            self.waiter.watches.clear()
         self.record = None
-        self.waiter.watches.clear()
         return self._ending == "keep"
 
     def _await_first_byte(self) -> bytes:
@@ -8106,6 +8167,7 @@ class ClientConnection:
                 self.worker.bounds,
                 waiter,
                 self.worker.pipes,
+                self.worker.bustle,
                 head,
                 prepared,
                 request_framing(head.section, self.settings.max_head_size.value),
@@ -8944,7 +9006,7 @@ systemd's stop) then counts once. A worker whose pipe ends has lost the process 
 """
 
 
-# --- proxy/workers.py, line 36 ---
+# --- proxy/workers.py, line 37 ---
 
 _BACKLOG = 4096
 _CELL_BYTES = 8
@@ -8969,6 +9031,7 @@ class SharedCounts:
     def __init__(self, workers: int) -> None:
         self._memory = mmap.mmap(-1, workers * _WORKER_BYTES)
         self._cells = memoryview(self._memory).cast("Q")
+        self._moved_at = memoryview(mmap.mmap(-1, workers * _CELL_BYTES)).cast("d")
 
     def cells(self, index: int) -> memoryview:
         """Returns: the cells of one worker."""
@@ -8978,6 +9041,10 @@ class SharedCounts:
     def total(self, which: int) -> int:
         """Returns: the sum of ``Tally.NAMES[which]`` over all workers."""
         return sum(self._cells[which :: len(Tally.NAMES)])
+
+    def bustle(self, index: int) -> Bustle:
+        """Returns: where one worker tells the others that it is busy."""
+        return Bustle(self._moved_at, index)
 
     def connections(self) -> int:
         """Returns: client connections held by all workers."""
@@ -9136,6 +9203,7 @@ class WorkerProcess:
             upstream_pool(settings, contexts.upstream),
             contexts.server,
             in_flight.slots(index),
+            counts.bustle(index),
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 

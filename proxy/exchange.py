@@ -64,7 +64,7 @@ from .kernel import (
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
 from .record import AboutConnection, Record, Tally, describe_abort, describe_exception
-from .relay import FIRST_READ, AtOnce, PipeStore, Relay, status_after_fin
+from .relay import FIRST_READ, AtOnce, Bustle, PipeStore, Relay, status_after_fin
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
@@ -119,6 +119,7 @@ class Worker:
         pool: AnyPool,
         server_tls: ssl.SSLContext | None,
         slots: SlotStore,
+        bustle: Bustle,
     ) -> None:
         self.settings = settings
         self.log = log
@@ -128,6 +129,7 @@ class Worker:
         self.server_tls = server_tls
         self.slots = slots
         self.pipes = PipeStore()
+        self.bustle = bustle
         # Bounds by the names that MalformedMessage uses.
         self.bounds = {
             "max_head_size": settings.max_head_size,
@@ -374,10 +376,12 @@ class ClientConnection:
             relay.release()
             self.waiter.forget_phases()
             self.client.end_splice()
+        if relay is None or not relay.bulky:
+            worker.bustle.own[0] = record.first_at
         if record.abort is not None:
             record.forget()
+            self.waiter.watches.clear()
         self.record = None
-        self.waiter.watches.clear()
         return self._ending == "keep"
 
     def _await_first_byte(self) -> bytes:
@@ -697,6 +701,7 @@ class ClientConnection:
                 self.worker.bounds,
                 waiter,
                 self.worker.pipes,
+                self.worker.bustle,
                 head,
                 prepared,
                 request_framing(head.section, self.settings.max_head_size.value),

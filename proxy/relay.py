@@ -45,6 +45,17 @@ _BULK_BUFFER = 512 * 1024
 # Below this, two system calls through a pipe cost more than copying (scripts/bench measures both).
 _SPLICE_MIN = 128 * 1024
 _SPLICE_AT_ONCE = 1024 * 1024
+# How a transfer in bulk gives way while others move: in smaller portions, with a pause after each, in which whoever
+# waits for a core or the interpreter gets it. Without, a line beside a download waits for 1 to 3 ms now and then; the
+# 0.6 GiB/s that are left are more than most networks carry (docs/performance.md).
+_PORTION_BESIDE_OTHERS = 256 * 1024
+_PAUSE_BESIDE_OTHERS_S = 0.0001
+# For how long after one of them has moved.
+_BUSTLE_STAYS_S = 1.0
+# How many turns with small portions, one after another, make an exchange one of those others: in bulk there are some as
+# well, at the beginning above all.
+_SMALL_TURNS = 8
+_SMALL_TURNS_AT_FIRST = 2
 # What a client may send ahead of its turn while its response is awaited under TLS, where poll can't tell a FIN from
 # data.
 _MAX_RESIDUE = 64 * 1024
@@ -79,6 +90,23 @@ class PipeStore:
             pipe.close()
         else:
             self._free.append(pipe)
+
+
+class Bustle:
+    """When exchanges that are not in bulk last moved, in all workers: those that are give way to them."""
+
+    __slots__ = ("_moved_at", "own")
+
+    def __init__(self, moved_at: "memoryview[float]", index: int) -> None:
+        """``moved_at`` are times on the monotonic clock, one for each worker, in memory that may be shared; that of
+        this worker is at ``index``.
+        """
+        self._moved_at = moved_at
+        self.own = moved_at[index : index + 1]
+
+    def is_on(self, now: float) -> bool:
+        """Returns: whether any has moved lately."""
+        return now - max(self._moved_at) < _BUSTLE_STAYS_S
 
 
 class Flow:
@@ -230,15 +258,19 @@ class Relay:
     """Relays one request, whose head is known, over one leased upstream connection. One thread, once."""
 
     __slots__ = (
+        "_bustle",
         "_head_from",
         "_noted_finished",
         "_noted_head",
+        "_portion",
+        "_small_turns_due",
         "_stood",
         "awaited_from",
         "awaiting_continue",
         "body_reads",
         "bounds",
         "broken",
+        "bulky",
         "client",
         "client_fin",
         "client_gone",
@@ -282,6 +314,7 @@ class Relay:
         bounds: dict[str, Bound],
         waiter: Waiter,
         pipes: PipeStore,
+        bustle: Bustle,
         head: RequestHead,
         prepared: PreparedRequest,
         framing: Framing,
@@ -292,6 +325,10 @@ class Relay:
         self.bounds = bounds
         self.waiter = waiter
         self.pipes = pipes
+        self._bustle = bustle
+        self._small_turns_due = _SMALL_TURNS_AT_FIRST  # before they count
+        self.bulky = False  # whether it has been in bulk
+        self._portion = _SPLICE_AT_ONCE
         self.request_head = head
         self.prepared = prepared
         self.request_id = request_id
@@ -498,6 +535,12 @@ class Relay:
             if waiter.watches:
                 self._set_watches(now, client_events, upstream_events)
             self.note_progress()
+            if request.bulk or response.bulk:
+                self._give_way(now)
+            elif self._small_turns_due:
+                self._small_turns_due -= 1
+            else:
+                self._bustle.own[0] = now
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
             if due_at is None and not (request.pending or response.pending or response.bulk):
                 client_ready, upstream_ready, now = self._pass_on(client_ready, upstream_ready, now)
@@ -540,6 +583,16 @@ class Relay:
         if not (request.finished or self.tunnel):
             self._add_event("client", "unread")  # upstream had answered: the rest of the request goes nowhere
 
+    def _give_way(self, now: float) -> None:
+        """In bulk: leave room to those that are not, if any of them has moved lately."""
+        self.bulky = True
+        self._small_turns_due = _SMALL_TURNS
+        if self._bustle.is_on(now):
+            self._portion = _PORTION_BESIDE_OTHERS
+            time.sleep(_PAUSE_BESIDE_OTHERS_S)
+        else:
+            self._portion = _SPLICE_AT_ONCE
+
     def _pass_on(self, client_ready: int, upstream_ready: int, now: float) -> tuple[int, int, float]:
         """Pass on one small portion after the other, as long as each is taken whole and nothing else happens.
 
@@ -547,7 +600,7 @@ class Relay:
         so they do without finding that out. What is out of the ordinary is left to the loop and what it calls.
         Returns: what the last wait has found and was not dealt with. Raises: Abort.
         """
-        waiter, request, response = self.waiter, self.request, self.response
+        waiter, request, response, moved_at = self.waiter, self.request, self.response, self._bustle.own
         while True:
             if upstream_ready == READABLE and not client_ready:
                 flow = response
@@ -604,6 +657,10 @@ class Relay:
                 request.content_before + request.framing.content,
                 response.content_before + response.framing.content,
             )
+            if self._small_turns_due:
+                self._small_turns_due -= 1
+            else:
+                moved_at[0] = now
             if sink.has_unread:
                 return 0, 0, now  # a write under TLS may have read
             client_ready, upstream_ready, now = waiter.wait_again()
@@ -865,7 +922,7 @@ class Relay:
         try:
             if request.bulk:
                 octets, view = request.bulk_buffer()
-                count = client.read_into(view, 0, NO_WAIT)
+                count = client.read_into(view[: self._portion], 0, NO_WAIT)
             else:
                 octets = client.read(FIRST_READ, NO_WAIT)
                 count = len(octets)
@@ -973,7 +1030,7 @@ class Relay:
         try:
             if response.bulk:
                 octets, view = response.bulk_buffer()
-                count = upstream.read_into(view, 0, NO_WAIT)
+                count = upstream.read_into(view[: self._portion], 0, NO_WAIT)
             elif soon:
                 octets = self.waiter.read_soon(upstream, FIRST_READ)
                 count = len(octets)
@@ -1340,7 +1397,7 @@ class Relay:
         assert sink is not None
         assert pipe is not None
         try:
-            count = pipe.fill(source.fd, min(flow.framing.opaque(), _SPLICE_AT_ONCE))
+            count = pipe.fill(source.fd, min(flow.framing.opaque(), self._portion))
         except BlockingIOError:
             return  # nothing to read after all: poll says when
         except OSError as error:

@@ -27,6 +27,7 @@ from .log import EventLog
 from .masking import path_text
 from .notes import configuration_notes
 from .record import ABORT, CONNECTIONS, LOST_LINES, Tally, describe_exception, left_in_flight, request_words
+from .relay import Bustle
 from .server import MAX_OVERFLOW, ProxyServer
 from .tls import Contexts, certificate_notes, read_contexts
 from .upstream import upstream_pool
@@ -56,6 +57,7 @@ class SharedCounts:
     def __init__(self, workers: int) -> None:
         self._memory = mmap.mmap(-1, workers * _WORKER_BYTES)
         self._cells = memoryview(self._memory).cast("Q")
+        self._moved_at = memoryview(mmap.mmap(-1, workers * _CELL_BYTES)).cast("d")
 
     def cells(self, index: int) -> memoryview:
         """Returns: the cells of one worker."""
@@ -65,6 +67,10 @@ class SharedCounts:
     def total(self, which: int) -> int:
         """Returns: the sum of ``Tally.NAMES[which]`` over all workers."""
         return sum(self._cells[which :: len(Tally.NAMES)])
+
+    def bustle(self, index: int) -> Bustle:
+        """Returns: where one worker tells the others that it is busy."""
+        return Bustle(self._moved_at, index)
 
     def connections(self) -> int:
         """Returns: client connections held by all workers."""
@@ -223,6 +229,7 @@ class WorkerProcess:
             upstream_pool(settings, contexts.upstream),
             contexts.server,
             in_flight.slots(index),
+            counts.bustle(index),
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
 

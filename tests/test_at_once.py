@@ -39,7 +39,7 @@ from proxy.grammar import MalformedMessage
 from proxy.inflight import InFlightTable
 from proxy.log import EventLog
 from proxy.record import Tally
-from proxy.relay import Relay
+from proxy.relay import Bustle, Relay
 from proxy.upstream import upstream_pool
 from proxy.waiting import Control
 
@@ -635,7 +635,16 @@ def _served_here(log: EventLog, *options: str) -> collections.abc.Iterator[tuple
         tally = Tally(memoryview(bytearray(8 * len(Tally.NAMES))).cast("Q"))
         pool = upstream_pool(settings, None)
         stack.callback(pool.close)
-        worker = Worker(settings, log, tally, Control(reading), pool, None, InFlightTable(1, 1).slots(0))
+        worker = Worker(
+            settings,
+            log,
+            tally,
+            Control(reading),
+            pool,
+            None,
+            InFlightTable(1, 1).slots(0),
+            Bustle(memoryview(bytearray(8)).cast("d"), 0),
+        )
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         wire = connect(listener.getsockname())
         connection = ClientConnection(worker, listener.accept()[0], "127.0.0.1:1", "127.0.0.1", overflow=False)

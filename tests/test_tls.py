@@ -28,6 +28,7 @@ from proxy.inflight import InFlightTable
 from proxy.kernel import unread_bytes
 from proxy.log import EventLog
 from proxy.record import Tally
+from proxy.relay import Bustle
 from proxy.tls import read_contexts
 from proxy.upstream import upstream_pool
 from proxy.vocabulary import Side
@@ -313,7 +314,16 @@ def _ending(log: EventLog, certificates: Certificates, what: str, *options: str)
         pool = upstream_pool(settings, None)
         stack.callback(pool.close)
         context = read_contexts(settings).server
-        worker = Worker(settings, log, tally, control, pool, context, InFlightTable(1, 1).slots(0))
+        worker = Worker(
+            settings,
+            log,
+            tally,
+            control,
+            pool,
+            context,
+            InFlightTable(1, 1).slots(0),
+            Bustle(memoryview(bytearray(8)).cast("d"), 0),
+        )
         accepted, theirs = socket.socketpair()
         wire = stack.enter_context(TlsWire(theirs, certificates.client_context(), server_side=False, name="localhost"))
         with pytest.MonkeyPatch.context() as patch:
