@@ -164,8 +164,8 @@ _Row = tuple[Side, tuple[Phase, ...], tuple[Cause, ...], int | None, str | None]
 _ROWS: tuple[_Row, ...] = (
     # The client is gone or cannot be talked to: nobody is left to answer.
     (Side.CLIENT, _ALL_PHASES, (Cause.RESET, Cause.DEAD_PEER, Cause.TLS), None, None),
-    # In a tunnel an end is a half-close and no abort.
-    (Side.CLIENT, tuple(phase for phase in Phase if phase is not Phase.TUNNEL), (Cause.CLOSED,), None, None),
+    # In a tunnel over TCP an end is a half-close and no abort; of a unix socket it is known that both ways have ended.
+    (Side.CLIENT, _ALL_PHASES, (Cause.CLOSED,), None, None),
     (Side.CLIENT, (Phase.TLS_HANDSHAKE,), (Cause.TIMEOUT, Cause.PROTOCOL), None, None),
     (Side.CLIENT, (Phase.RESPONSE_BODY, Phase.RESPONSE_HEAD), (Cause.TIMEOUT,), None, None),
     (Side.CLIENT, (Phase.RESPONSE_BODY,), (Cause.DEADLINE,), None, None),
