@@ -59,7 +59,7 @@ class UnixAddress:
     path: str
 
     def __str__(self) -> str:
-        return f"unix:{self.path}"
+        return f"unix:{path_text(self.path)}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class UpstreamUrl:
 
     def __str__(self) -> str:
         if self.scheme == "unix":
-            return f"unix://{self.path}" if self.path.startswith("/") else f"unix:{self.path}"
+            return f"unix:{'//' if self.path.startswith('/') else ''}{path_text(self.path)}"
         return f"{self.scheme}://{TcpAddress(self.host, self.port)}"
 
 
@@ -365,7 +365,7 @@ class Settings:
                 case Bound():
                     value = value.value
                 case TcpAddress() | UnixAddress() | UpstreamUrl():
-                    value = path_text(str(value))
+                    value = str(value)
                 case str():
                     value = path_text(value)
                 case _:
@@ -515,7 +515,7 @@ def _read_file(path: str, source: str) -> dict[str, tuple[str, str]]:
     lines = _key_lines(text, where)
     given: dict[str, tuple[str, str]] = {}
     for name, value in table.items():
-        place = f"file:{path}:{lines[name]}"
+        place = f"file:{path_text(path)}:{lines[name]}"
         option = _BY_NAME.get(name)
         if option is None:
             if isinstance(value, dict):

@@ -19,6 +19,8 @@ import threading
 import time
 import typing
 
+from .masking import path_text
+
 try:
     import pythonjsonlogger.json
 
@@ -325,7 +327,8 @@ class EventLog:
             return
         try:
             if first:
-                text = f"{self.path} can't be written ({error}); log lines go to stderr, {self.lost_lines} so far"
+                path = path_text(self.path)
+                text = f"{path} can't be written ({error}); log lines go to stderr, {self.lost_lines} so far"
                 self._stderr.write(self.formatter.line("error", "log.lost", {"message": text}).encode("ascii"))
             self._stderr.write(data)
         except OSError:
@@ -347,7 +350,7 @@ class EventLog:
             meanwhile = (
                 "lines go to stderr, as the old file was removed" if self._removed else "the old file stays in use"
             )
-            text = f"{self.path} can't be opened, {meanwhile}: {error}"
+            text = f"{path_text(self.path)} can't be opened, {meanwhile}: {error}"
             self.event("error", "log.reopen", message=text, pid=os.getpid())
             return False
         self._removed = False

@@ -17,7 +17,7 @@ import typing
 from .aborts import Abort
 from .exchange import ClientConnection, Worker, log_connection_abort
 from .kernel import socket_evidence
-from .masking import path_text, printable
+from .masking import printable
 from .record import CONNECTIONS, describe_exception
 from .vocabulary import Cause, Phase, Side
 
@@ -159,7 +159,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def _name(self, address: typing.Any) -> tuple[str, str]:
         """Returns: the client's name for the log, and its address for X-Forwarded-For."""
         if self.is_unix:
-            return path_text(str(self.worker.settings.listen)), "unknown"
+            return str(self.worker.settings.listen), "unknown"
         host, port = address[0], address[1]
         host = host.removeprefix("::ffff:") if "." in host else host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host

@@ -24,7 +24,6 @@ from .exchange import Worker
 from .inflight import InFlightTable
 from .kernel import pin_to_core, prepare_listener, raise_file_limit, run_as_batch
 from .log import EventLog
-from .masking import path_text
 from .notes import configuration_notes
 from .record import ABORT, CONNECTIONS, LOST_LINES, Tally, describe_exception, left_in_flight, request_words
 from .relay import Bustle
@@ -92,7 +91,7 @@ def open_listeners(settings: Settings) -> tuple[list[socket.socket], str]:
         _check_socket_path(where, address)
     try:
         if isinstance(address, UnixAddress):
-            return [_listen_unix(address)], f"unix:{address.path}"
+            return [_listen_unix(address)], str(address)
         return _listen_tcp(address, settings)
     except OSError as error:
         raise _listen_error(where, error, unix=isinstance(address, UnixAddress)) from error
@@ -418,13 +417,12 @@ class Supervisor:
                 f" can't be started: {error.strerror}; {_MORE_ROOM}"
             ) from error
         workers = "1 worker" if self.settings.workers == 1 else f"{self.settings.workers} workers"
-        where = path_text(self.where)
         self.log.event(
             "info",
             "server.start",
-            message=f"listening on {where}, upstream {path_text(str(self.settings.upstream))}, {workers}",
+            message=f"listening on {self.where}, upstream {self.settings.upstream}, {workers}",
             pid=os.getpid(),
-            listen=where,
+            listen=self.where,
             workers=sorted(self.pids),
             settings=self.settings.describe(),
         )

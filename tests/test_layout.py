@@ -13,8 +13,8 @@ PACKAGE = ROOT / "proxy"
 
 # A module imports only from lower levels.
 LEVELS = {
-    0: {"vocabulary", "limits", "grammar", "kernel", "log", "masking", "dependencies"},
-    1: {"head", "aborts", "config"},
+    0: {"vocabulary", "limits", "grammar", "kernel", "masking", "dependencies"},
+    1: {"head", "aborts", "config", "log"},
     2: {"framing", "fields", "endpoint", "reply", "inflight"},
     3: {"docker", "tls", "waiting"},
     4: {"notes", "upstream", "relay"},

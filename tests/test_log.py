@@ -144,6 +144,21 @@ def test_a_file_that_was_removed_is_not_written_to(tmp_path: pathlib.Path, capfd
     assert said == ["log.lost", "log.reopen", "lost", "log.lost", "log.reopen"]
 
 
+def test_a_path_that_is_no_utf_8_is_told_in_valid_unicode(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.symlink("/dev/full", path)
+    with open_log(pathlib.Path(path)) as log:
+        log.event("info", "lost")
+        os.unlink(path)
+        os.mkdir(path)
+        assert not log.reopen()
+    told = [record["message"] for record in parse_log(capfd.readouterr().err.encode())[:3] if "message" in record]
+    assert [message.split(" can't be ")[0] for message in told] == [f"{tmp_path}/\\xff"] * len(told)
+    assert len(told) == 2
+
+
 def test_a_named_pipe_without_a_reader_is_an_error_and_no_wait(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="No such device or address"):

@@ -566,6 +566,26 @@ def test_a_path_that_is_no_utf_8_is_told_in_valid_unicode(upstream: Upstream, tm
     assert f'"client":"unix:{tmp_path}/\\\\xff.sock"' in log
 
 
+def test_configuration_and_upstream_at_paths_that_are_no_utf_8_are_told_in_valid_unicode(
+    tmp_path: pathlib.Path,
+) -> None:
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(place)
+    pathlib.Path(place, "c.toml").write_text("client_head_timeout = 0.2\n")
+    told = []
+    # The source of a limit, an upstream that is not there, and a note on it.
+    with ProxyProcess(f"unix://{place}/none", "--config", f"{place}/c.toml", listen="0.0.0.0:0") as proxy:
+        for octets in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET"):
+            with connect(("127.0.0.1", proxy.port)) as wire:
+                wire.send(octets)
+                told.append(json.loads(wire.read_response().body)["message"])
+        proxy.wait_requests(2)
+        records = proxy.records()
+    json.dumps([told, records], ensure_ascii=False).encode()  # which a lone surrogate can't be
+    assert f"upstream unix://{tmp_path}/\\xff/none could not be reached" in told[0]
+    assert f"set in {tmp_path}/\\xff/c.toml line 1" in told[1]
+
+
 def test_a_stale_unix_socket_is_replaced_and_one_in_use_is_not(upstream: Upstream, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as stale:
