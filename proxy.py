@@ -6325,14 +6325,7 @@ class Relay:
             self.client_fin = True
             self._flush_request(now)
             return
-        raise Abort(
-            Side.CLIENT,
-            Phase.REQUEST_BODY,
-            Operation.READ,
-            Cause.CLOSED,
-            status=status_after_fin(self.settings),
-            detail="the request body was not whole",
-        )
+        raise half_a_request(self.settings, Phase.REQUEST_BODY, "the request body was not whole")
 
     def _flush_request(self, now: float) -> None:
         """Write what is on the way to upstream."""
@@ -6841,11 +6834,12 @@ class Relay:
             self.events.append((time.monotonic(), side, what))
 
 
-def status_after_fin(settings: Settings) -> int | None:
-    """Returns: what is answered to a client that has ended its side in the middle of its request: nothing, where that
-    means that it has left.
+def half_a_request(settings: Settings, phase: Phase, detail: str | None = None) -> Abort:
+    """Make the abort of a client that has ended its side in the middle of its request: it is answered only where that
+    does not mean that it has left.
     """
-    return 400 if settings.client_half_close == "allow" else None
+    status, error_type = (400, "http_request_error") if settings.client_half_close == "allow" else (None, None)
+    return Abort(Side.CLIENT, phase, Operation.READ, Cause.CLOSED, status=status, error_type=error_type, detail=detail)
 
 
 # --- proxy/record.py, line 1 ---
@@ -7980,8 +7974,7 @@ class ClientConnection:
                 limit = self.settings.dead_peer_limit
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
             if not more:
-                status = status_after_fin(self.settings)
-                raise Abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, Cause.CLOSED, status=status)
+                raise half_a_request(self.settings, Phase.REQUEST_HEAD)
             return more
 
     def _learn_request(self, octets: bytes, record: Record) -> None:

@@ -64,7 +64,7 @@ from .kernel import (
 from .limits import Bound, Limit, Watch
 from .log import LEVELS, EventLog
 from .record import AboutConnection, Record, Tally, describe_abort, describe_exception
-from .relay import FIRST_READ, AtOnce, Bustle, PipeStore, Relay, status_after_fin
+from .relay import FIRST_READ, AtOnce, Bustle, PipeStore, Relay, half_a_request
 from .reply import error_response
 from .upstream import AnyConnection, AnyPool, upstream_host
 from .vocabulary import Cause, Operation, Phase, Side
@@ -513,8 +513,7 @@ class ClientConnection:
                 limit = self.settings.dead_peer_limit
                 raise socket_abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, error, limit) from error
             if not more:
-                status = status_after_fin(self.settings)
-                raise Abort(Side.CLIENT, Phase.REQUEST_HEAD, Operation.READ, Cause.CLOSED, status=status)
+                raise half_a_request(self.settings, Phase.REQUEST_HEAD)
             return more
 
     def _learn_request(self, octets: bytes, record: Record) -> None:

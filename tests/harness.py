@@ -114,7 +114,9 @@ def check_record(record: LogRecord) -> None:
     assert record["cause"] in CAUSES
     assert record["error_type"] is None or re.fullmatch("[a-z_]+", record["error_type"])
     if record["side"] == "client" and record["cause"] in ("closed", "reset", "dead_peer"):
-        assert record["error_type"] is None
+        # Of these only the end of half a request may be answered.
+        assert record["error_type"] in (None, "http_request_error")
+        assert record["error_type"] or record["status"] != 400
     assert record["exception"] is None or isinstance(record["exception"], dict)
     limit: dict[str, typing.Any] = record.get("limit") or {}
     if record["cause"] in ("timeout", "deadline", "limit"):

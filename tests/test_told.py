@@ -165,7 +165,8 @@ def test_who_ends_its_side_in_mid_request_and_may_still_listen_is_told(where: st
         assert (head, body, record["status"]) == (b"", b"", None)
     else:
         assert head.startswith(b"HTTP/1.1 400 ")
-        assert record["status"] == 400
+        assert b"; error=http_request_error; status-code=400;" in head
+        assert (record["status"], record["error_type"]) == (400, "http_request_error")
         assert json.loads(body)["message"].startswith("client 127.0.0.1:")
 
 
