@@ -4676,7 +4676,8 @@ def _limit_notes(settings: Settings) -> list[str]:
         )
     for pair in _PAIRS:
         timeout, deadline = getattr(settings, f"{pair}_timeout"), getattr(settings, f"{pair}_deadline")
-        if timeout is not None and deadline is not None and timeout.seconds >= deadline.seconds:
+        # Where they are equal both may begin at once, and of a tie the timeout is told.
+        if timeout is not None and deadline is not None and timeout.seconds > deadline.seconds:
             notes.append(f"{timeout} never ends anything, as {deadline} does so before it")
     return notes
 
