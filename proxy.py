@@ -3460,6 +3460,12 @@ class Abort(Exception):
         operation = f" {self.operation}" if self.operation else ""
         return f"{self.side} {self.phase}{operation}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
 
+    def forget_frames(self) -> None:
+        """Let go of the frames in its tracebacks: they hold whoever holds this abort. Call it when it was told of."""
+        self.__traceback__ = self.__context__ = None
+        if self.original is not None:
+            self.original.__traceback__ = self.original.__context__ = None
+
 
 # What ends a connection that stood.
 _ENDED = frozenset((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN))
@@ -4830,7 +4836,10 @@ class _LeasedConnection:
     def open(self, wait: ConnectWait) -> None:
         """Connect, TLS handshake included, and make the endpoint. Raises: Abort with side upstream, or as ``wait``."""
         self._wait = wait
-        self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
+        try:
+            self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
+        finally:
+            self._wait = None  # which holds this connection in turn
         watched = self.settings.peer_dead_timeout is not None and self.url.scheme != "unix"
         pulse = PeerPulse() if watched else None
         if isinstance(self.sock, TlsEndpoint):
@@ -4846,7 +4855,6 @@ class _LeasedConnection:
         self.memory = SectionMemory(self.memory.shared)
         self._probe = select.poll()
         self._probe.register(endpoint.fd, select.POLLIN)
-        self._wait = None
 
     def _shake_hands(self, endpoint: TlsEndpoint, wait: ConnectWait) -> None:
         try:
@@ -4876,7 +4884,7 @@ class _LeasedConnection:
                 continue  # never of the last address: that one ends in a connection, its own error, or the limit
             except OSError as error:
                 if first_error is None:
-                    first_error = error
+                    first_error = error.with_traceback(None)  # which would hold on to this frame, and the frame to it
                     ports_used_up = error.errno == errno.EADDRNOTAVAIL and _has_source_address(family, address)
                 continue
             return sock
@@ -6810,6 +6818,8 @@ class Relay:
         """Give back what the relay holds besides the sockets. Call it once, after the record was written."""
         self._release_pipe(self.request)
         self._release_pipe(self.response)
+        if self.broken is not None:
+            self.broken.forget_frames()
 
     def _flush_endpoint(self, endpoint: AnyEndpoint) -> None:
         try:
@@ -7029,14 +7039,6 @@ class Record:
         # After the line: should the worker die in between, the balance tells of it.
         self._tally.add(_EVENT_INDEX[event])
         return error is None or isinstance(error, Exception)
-
-    def forget(self) -> None:
-        """Let go of the frames in its abort's traceback, which hold this record in turn. Call it after the event."""
-        assert self.abort is not None
-        self.abort.__traceback__ = self.abort.__context__ = None
-        if self.abort.original is not None:
-            self.abort.original.__traceback__ = None
-            self.abort.original.__context__ = None
 
     def _bug(self, error: BaseException) -> Abort:
         cause = Cause.RESOURCE if isinstance(error, MemoryError) else Cause.INTERNAL
@@ -7796,6 +7798,7 @@ class ClientConnection:
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
         message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
+        abort.forget_frames()
 
     def _closed(self, why: str) -> None:
         if self.worker.log.threshold <= LEVELS["debug"]:
@@ -7841,7 +7844,7 @@ class ClientConnection:
         if relay is None or not relay.bulky:
             worker.bustle.own[0] = record.first_at
         if record.abort is not None:
-            record.forget()
+            record.abort.forget_frames()
             self.waiter.watches.clear()
         self.record = None
         return self._ending == "keep"
@@ -8216,6 +8219,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
+                abort.forget_frames()
                 record.upstream = record.connected_at = record.at_once = None
                 self._drop_lease()
                 relay.release()

@@ -56,6 +56,12 @@ class Abort(Exception):
         operation = f" {self.operation}" if self.operation else ""
         return f"{self.side} {self.phase}{operation}: {self.cause}" + (f" ({self.detail})" if self.detail else "")
 
+    def forget_frames(self) -> None:
+        """Let go of the frames in its tracebacks: they hold whoever holds this abort. Call it when it was told of."""
+        self.__traceback__ = self.__context__ = None
+        if self.original is not None:
+            self.original.__traceback__ = self.original.__context__ = None
+
 
 # What ends a connection that stood.
 _ENDED = frozenset((errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN))

@@ -334,6 +334,7 @@ class ClientConnection:
         what = abort.detail or (str(abort.original) if abort.original is not None else str(abort.limit or abort.cause))
         message = f"TLS handshake with client {self.name} failed after {duration_s:.1f} s ({abort.cause}): {what}"
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
+        abort.forget_frames()
 
     def _closed(self, why: str) -> None:
         if self.worker.log.threshold <= LEVELS["debug"]:
@@ -379,7 +380,7 @@ class ClientConnection:
         if relay is None or not relay.bulky:
             worker.bustle.own[0] = record.first_at
         if record.abort is not None:
-            record.forget()
+            record.abort.forget_frames()
             self.waiter.watches.clear()
         self.record = None
         return self._ending == "keep"
@@ -754,6 +755,7 @@ class ClientConnection:
                     raise
                 body += relay.residue[behind:]  # what came meanwhile waits for its turn
                 record.attempts.append(_attempt(abort, connection.name))
+                abort.forget_frames()
                 record.upstream = record.connected_at = record.at_once = None
                 self._drop_lease()
                 relay.release()

@@ -201,14 +201,6 @@ class Record:
         self._tally.add(_EVENT_INDEX[event])
         return error is None or isinstance(error, Exception)
 
-    def forget(self) -> None:
-        """Let go of the frames in its abort's traceback, which hold this record in turn. Call it after the event."""
-        assert self.abort is not None
-        self.abort.__traceback__ = self.abort.__context__ = None
-        if self.abort.original is not None:
-            self.abort.original.__traceback__ = None
-            self.abort.original.__context__ = None
-
     def _bug(self, error: BaseException) -> Abort:
         cause = Cause.RESOURCE if isinstance(error, MemoryError) else Cause.INTERNAL
         phase = self.relay.phase_of(Side.PROXY, Operation.READ) if self.relay is not None else self.phase

@@ -1454,6 +1454,8 @@ class Relay:
         """Give back what the relay holds besides the sockets. Call it once, after the record was written."""
         self._release_pipe(self.request)
         self._release_pipe(self.response)
+        if self.broken is not None:
+            self.broken.forget_frames()
 
     def _flush_endpoint(self, endpoint: AnyEndpoint) -> None:
         try:

@@ -167,7 +167,10 @@ class _LeasedConnection:
     def open(self, wait: ConnectWait) -> None:
         """Connect, TLS handshake included, and make the endpoint. Raises: Abort with side upstream, or as ``wait``."""
         self._wait = wait
-        self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
+        try:
+            self.connect()  # type: ignore[attr-defined]  # urllib3's: it comes back through _new_conn
+        finally:
+            self._wait = None  # which holds this connection in turn
         watched = self.settings.peer_dead_timeout is not None and self.url.scheme != "unix"
         pulse = PeerPulse() if watched else None
         if isinstance(self.sock, TlsEndpoint):
@@ -183,7 +186,6 @@ class _LeasedConnection:
         self.memory = SectionMemory(self.memory.shared)
         self._probe = select.poll()
         self._probe.register(endpoint.fd, select.POLLIN)
-        self._wait = None
 
     def _shake_hands(self, endpoint: TlsEndpoint, wait: ConnectWait) -> None:
         try:
@@ -213,7 +215,7 @@ class _LeasedConnection:
                 continue  # never of the last address: that one ends in a connection, its own error, or the limit
             except OSError as error:
                 if first_error is None:
-                    first_error = error
+                    first_error = error.with_traceback(None)  # which would hold on to this frame, and the frame to it
                     ports_used_up = error.errno == errno.EADDRNOTAVAIL and _has_source_address(family, address)
                 continue
             return sock
