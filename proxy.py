@@ -7308,7 +7308,7 @@ class Record:
             case Cause.REFUSED | Cause.UNREACHABLE | Cause.DNS:
                 begin = f"{who} could not be reached ({abort.cause}: {why}), which {ended}"
             case Cause.TLS if isinstance(abort.original, ssl.SSLEOFError):
-                begin = f"{who} cut the TLS connection without close_notify {where} and {ended}"
+                begin = f"{who} cut the TLS connection without close_notify {where} and {ended}{detail}"
             case Cause.TLS:
                 begin = f"TLS with {who} failed {where} ({why}), which {ended}"
             case Cause.PROTOCOL:

@@ -1061,6 +1061,32 @@ def test_what_a_stale_connection_lost_is_sent_again_where_that_does_no_harm(
                 assert len(upstream.wires) == before + 1
 
 
+def test_what_a_stale_connection_lost_under_tls_is_told_as_without(certificates: Certificates) -> None:
+    """Many servers leave close_notify out where they end an idle connection."""
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(FINE)
+        wire.read_request()
+        wire.cut_write()
+        wire.await_end()
+
+    with (
+        Upstream(script, "tls", tls=certificates.server_context()) as upstream,
+        ProxyProcess(upstream.url, "--upstream-ca", certificates.ca) as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.get("/warm")
+        assert wire.read_response().status == 200
+        wire.send(_post(b"hello"))
+        assert wire.read_response().status == 502
+        record = proxy.wait_requests(2)[1]
+    check_record(record)
+    assert (record["side"], record["phase"], record["cause"]) == ("upstream", "response_head", "tls")
+    assert "on a connection kept from an earlier request" in record["message"]
+    assert "not sent again, as it might be done twice" in record["message"]
+
+
 @pytest.mark.parametrize("ways", [AT_ONCE, RELAY])
 def test_a_long_target_is_cut_alike_and_marked_in_the_message(ways: str) -> None:
     target = b'/a"b?' + b"x" * 1000
