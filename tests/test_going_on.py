@@ -7,7 +7,7 @@ import signal
 import time
 
 import harness
-from harness import LogRecord, ProxyProcess, check_record, wait_until
+from harness import LogRecord, ProxyProcess, check_record
 from peers import Upstream, Wire, connect, ok
 
 _BODY = b"".join(b"%07d\n" % number for number in range(7500))
@@ -20,9 +20,7 @@ real = ClientConnection._relay
 
 
 def relay(self, record, *rest):
-    with open(os.environ["MARK"] + ".n", "a") as file:
-        file.write("x")
-    if record.upstream is not None and os.path.getsize(os.environ["MARK"] + ".n") > 1:
+    if record.at_once is not None and record.at_once.client_written:
         open(os.environ["MARK"], "w").close()
         time.sleep(0.5)
     return real(self, record, *rest)
@@ -38,17 +36,31 @@ def _serve(wire: Wire) -> None:
         wire.send(ok(_BODY))
 
 
-def _stall(proxy: ProxyProcess, wire: Wire, mark: pathlib.Path) -> int:
-    """Make requests and read no answer until one is taken in part. Returns: how many."""
+def _stall(proxy: ProxyProcess, wire: Wire, mark: pathlib.Path) -> int | None:
+    """Make requests and read no answer until one is taken in part. Returns: how many; None where that one was not
+    answered at once, as may be on a busy machine, and a relay has found the client's socket full.
+    """
     for number in range(1, 1000):
         wire.get(f"/{number}")
-        wait_until(lambda number=number: mark.exists() or len(proxy.requests()) == number)  # type: ignore[misc]
-        if mark.exists():
-            return number
+        until = time.monotonic() + 3
+        while len(proxy.requests()) < number:
+            if mark.exists():
+                return number
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.003)
     raise AssertionError("the client's socket takes all there is")
 
 
 def _run(directory: pathlib.Path, *options: str, drain: bool) -> tuple[list[bytes], Wire, list[LogRecord]]:
+    for _ in range(5):
+        found = _try(directory, *options, drain=drain)
+        if found is not None:
+            return found
+    raise AssertionError("no answer was taken in part at once")
+
+
+def _try(directory: pathlib.Path, *options: str, drain: bool) -> tuple[list[bytes], Wire, list[LogRecord]] | None:
     (directory / "sitecustomize.py").write_text(_SLOW)
     mark = directory / "mark"
     env = {"PYTHONPATH": f"{directory}:{harness.ROOT}", "MARK": str(mark)}
@@ -58,6 +70,8 @@ def _run(directory: pathlib.Path, *options: str, drain: bool) -> tuple[list[byte
         connect(proxy.address, receive_buffer=4096) as wire,
     ):
         count = _stall(proxy, wire, mark)
+        if count is None:
+            return None
         if drain:
             proxy.send_signal(signal.SIGTERM)
         time.sleep(0.6)
