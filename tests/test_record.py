@@ -120,8 +120,14 @@ class Faulty:
     def fail(self, which: str, fault: str) -> tuple[str, LogRecord]:
         """Make one request fail. Returns: what the client saw, and its record."""
         (self.directory / fault).touch()
-        seen = self.ask(which, b"X-Fails: yes\r\n")
-        assert not (self.directory / fault).exists(), f"{which} does not pass {fault}"
+        for _ in range(10):
+            seen = self.ask(which, b"X-Fails: yes\r\n")
+            if not (self.directory / fault).exists():
+                break
+            # On a busy machine upstream may answer late, which takes another way.
+            assert (which, seen) == ("post", "whole"), f"{which} does not pass {fault}"
+        else:
+            pytest.fail(f"{which} does not pass {fault}")
         record = self.proxy.requests()[-1]
         assert self.ask("post") == "whole"  # the next one is served
         assert self.proxy.requests()[-1]["event"] == "request.complete"
@@ -422,7 +428,7 @@ def test_out_of_memory_is_a_resource(tmp_path: pathlib.Path) -> None:
 
 def test_nothing_leaks_over_many_bugs(faulty: Faulty) -> None:
     """Threads, descriptors and upstream connections, after the same bugs ten and twenty times."""
-    counts = []
+    counts: list[tuple[int, int]] = []
     for _ in range(3):
         for fault, which in (
             ("relay.Relay.run", "post in chunks"),
@@ -437,9 +443,11 @@ def test_nothing_leaks_over_many_bugs(faulty: Faulty) -> None:
             for _ in range(3):
                 faulty.fail(which, fault)
         faulty.check_upstream_was_told()
-        counts.append((faulty.proxy.open_files(), faulty.proxy.threads()))
-    assert counts[2][0] <= counts[1][0] + 2, counts
-    assert counts[2][1] <= counts[1][1] + 1, counts
+        if len(counts) < 2:
+            counts.append((faulty.proxy.open_files(), faulty.proxy.threads()))
+    # The last connections may have yet to end.
+    wait_until(lambda: faulty.proxy.open_files() <= counts[1][0] + 2, what=f"no more files than {counts}")
+    wait_until(lambda: faulty.proxy.threads() <= counts[1][1] + 1, what=f"no more threads than {counts}")
 
 
 # -- what is in it ----------------------------------------------------------------------------------------------------
