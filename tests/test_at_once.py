@@ -585,6 +585,10 @@ def test_it_makes_no_difference_under_tls(name: str, tls_benches: tuple[Bench, B
     _compare(_UNDER_TLS[name], *tls_benches)
 
 
+# Whether a kernel acknowledges what it resets afterwards is a matter of chance.
+_UNACKNOWLEDGED = b" bytes unacknowledged)"
+
+
 def _compare(case: Case, tried: Bench, relayed: Bench) -> None:
     """Run a case on both."""
     expected = relayed.run(case)
@@ -592,17 +596,24 @@ def _compare(case: Case, tried: Bench, relayed: Bench) -> None:
     assert [typing.cast(LogRecord, record)["event"] for record in expected.records[1 : 1 + len(case.ways)]] == [
         case.event
     ] * len(case.ways)
+    # On a busy machine what comes at once elsewhere may come late, and a relay has gone on; and what comes in pieces
+    # elsewhere may come together. There is no other excuse.
+    excuses = {AT_ONCE: IN_VAIN}
+    if any(isinstance(step, float) for step in case.answer):
+        excuses[IN_VAIN] = AT_ONCE
+    ways: list[str] = []
     for _ in range(10):
         seen = tried.run(case)
+        if (_UNACKNOWLEDGED in seen.client) != (_UNACKNOWLEDGED in expected.client):
+            expected = relayed.run(case)
+            continue
         ways = _told(seen.ways)
         expected.ways = seen.ways
         assert seen == expected
         wanted = [ANY if way == ANY else went for way, went in zip(case.ways, ways, strict=True)]
         if wanted == list(case.ways):
             return
-        # A busy machine: what comes at once elsewhere may come late, and a relay has gone on. The other way there is
-        # no excuse.
-        assert wanted == [IN_VAIN if way == AT_ONCE else way for way in case.ways]
+        assert all(went in (way, excuses.get(way)) for way, went in zip(case.ways, wanted, strict=True)), ways
     pytest.fail(f"went {ways} and not {case.ways}, ten times")
 
 
@@ -694,15 +705,17 @@ def _large_and_small(wire: Wire) -> None:
 
 def test_a_connection_that_was_spliced_is_as_quick_as_before(tmp_path: pathlib.Path) -> None:
     witness = Witness(tmp_path)
+    afterwards = [f"/{number}" for number in range(4, 14)]
     with Upstream(_large_and_small) as upstream, ProxyProcess(upstream.url, env=witness.env) as proxy:
         with connect(proxy.address) as wire:
-            for target in ("/1", "/2", "/large", "/3", "/large", "/4", "/5"):
+            for target in ("/1", "/2", "/large", "/3", "/large", *afterwards):
                 wire.get(target)
                 assert wire.read_response().status == 200
         assert len(upstream.wires) == 1
-    for target in ("/2", "/3", "/4", "/5"):
+    for target in ("/2", "/3", *afterwards):
         assert witness.seen(target) in ([AT_ONCE], [IN_VAIN, RELAY]), target
-    assert AT_ONCE in witness.seen("/4") + witness.seen("/5")
+    # On a busy machine some answers come late.
+    assert any(witness.seen(target) == [AT_ONCE] for target in afterwards)
 
 
 def test_an_idle_connection_holds_no_relay(log: EventLog) -> None:
@@ -767,6 +780,7 @@ def _stalled(
         lines = 0
         at = proxy.log_path.stat().st_size
         for number in range(20_000):
+            noted_before = witness.path.stat().st_size
             wire.get(f"/{number:07d}")
             until = time.monotonic() + 5
             stuck_from: float | None = None
@@ -778,7 +792,7 @@ def _stalled(
                     at += len(octets)
                     lines += octets.count(b"\n")
                     break
-                if b"client write" in witness.path.read_bytes()[-200:]:
+                if b"client write" in witness.path.read_bytes()[noted_before:]:
                     # It may be on record a little later, where the kernel has found room meanwhile.
                     stuck_from = stuck_from or time.monotonic()
                     if time.monotonic() > stuck_from + 0.15:
@@ -927,7 +941,7 @@ _ROUNDED_S = 2e-6  # what rounding takes from a difference
 # Between the write and the look at the clock behind it the machine may run something else for a while, and upstream
 # has the request already. It does not do so each time.
 _AWAY_S = 0.005
-_TRIES = 4
+_TRIES = 10
 
 
 @pytest.mark.parametrize("options", [(), ("--upstream-write-timeout", "0.09")], ids=["tried", "relay"])
@@ -1289,6 +1303,10 @@ def test_a_policy_that_somebody_chose_is_left_alone(prefix: tuple[str, ...], pol
 # -- connections that are accepted when their client has spoken -------------------------------------------------------
 
 
+# Less than the second after which the kernel passes on a connection that says nothing.
+_AT_FIRST_WORD_S = 0.9
+
+
 def _ends_of(proxy: ProxyProcess) -> list[LogRecord]:
     return [record for record in proxy.records() if record["event"] == "connection.close"]
 
@@ -1317,7 +1335,7 @@ def test_a_silent_connection_ends_as_an_idle_one() -> None:
                 asked_at = time.monotonic()
                 wire.get()
                 assert wire.read_response().body == b"fine"
-                assert time.monotonic() - asked_at < 0.5
+                assert time.monotonic() - asked_at < _AT_FIRST_WORD_S
             assert silent.await_end() == "fin"
             assert silent.ended_at is not None
             took_s = silent.ended_at - began_at
@@ -1339,11 +1357,11 @@ def test_a_connection_is_served_at_once_when_it_speaks(pause_s: float) -> None:
         wire.send(GET[:5])
         wire.send(GET[5:])
         assert wire.read_response().body == b"fine"
-        assert time.monotonic() - asked_at < 0.5
+        assert time.monotonic() - asked_at < _AT_FIRST_WORD_S
         record = proxy.next_request()
         check_record(record)
         # A request begins with its first byte, however long its connection stood there before.
-        assert record["duration_s"] < 0.5
+        assert record["duration_s"] < _AT_FIRST_WORD_S
         assert record["bytes"]["client_read"] == len(GET)
 
 
@@ -1370,7 +1388,7 @@ def test_who_connects_and_leaves_costs_nothing(end: str) -> None:
         others = {record["event"] for record in proxy.records()} - {"connection.close", "request.complete"}
         assert others == {"server.start"}
         assert {record["level"] for record in _ends_of(proxy)} == {"debug"}
-        assert len(proxy.requests()) == 2
+        proxy.wait_requests(2)
         assert upstream.wires[0].received.count > 0
         assert len(upstream.wires) == 1
         assert "error" not in {record["level"] for record in proxy.records()}
