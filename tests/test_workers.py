@@ -341,9 +341,10 @@ def test_a_worker_that_cannot_serve_ends_the_start(tmp_path: pathlib.Path) -> No
         "import errno, os, sys, proxy.cli, proxy.workers\n"
         "make = proxy.workers.Worker\n"
         "def fail_second(settings, log, tally, *rest):\n"
-        "    if os.path.exists(sys.argv[1]):\n"
-        "        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))\n"
-        "    open(sys.argv[1], 'w').close()\n"
+        "    try:\n"
+        "        os.mkdir(sys.argv[1])\n"  # which one of both can do
+        "    except FileExistsError:\n"
+        "        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None\n"
         "    return make(settings, log, tally, *rest)\n"
         "proxy.workers.Worker = fail_second\n"
         "sys.exit(proxy.cli.main(['--workers', '2', '--listen', '127.0.0.1:0', '--upstream', 'http://127.0.0.1:9']))"
@@ -393,7 +394,7 @@ def test_without_the_process_above_workers_drain(gate: Gate, upstream: Upstream)
 def _runs(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it goes between opening and reading
         return False
 
 
@@ -420,7 +421,8 @@ def test_sigusr2_is_answered_at_any_log_level(gate: Gate, upstream: Upstream, tm
     command += ["--log-file", str(log), "--log-level", "error", "--workers", "1", "--drain-timeout", "1"]
     with subprocess.Popen(command, cwd=harness.ROOT) as process:
         try:
-            wait_until(path.exists, 10.0)
+            # It is there a little before anybody listens.
+            wait_until(lambda: path.exists() and not refuses(str(path)), 10.0)
             with connect(str(path)) as wire:
                 wire.send(b"GET /slow HTTP/1.1\r\nHost: t\r\n\r\n")
                 wire.read_head()
@@ -526,13 +528,14 @@ def test_two_proxies_do_not_share_a_port(upstream: Upstream) -> None:
 
 def test_a_port_can_be_taken_again_at_once(upstream: Upstream) -> None:
     """Connections in TIME_WAIT are no obstacle to a restart."""
-    with ProxyProcess(upstream.url) as first:
+    # An address of its own: at the usual one another test might get the port meanwhile.
+    with ProxyProcess(upstream.url, listen="127.9.9.9:0") as first:
         with connect(first.address) as wire:
             wire.get()
             assert wire.read_response().whole
             port = first.port
             first.stop()
-    with ProxyProcess(upstream.url, listen=f"127.0.0.1:{port}") as second, connect(second.address) as wire:
+    with ProxyProcess(upstream.url, listen=f"127.9.9.9:{port}") as second, connect(second.address) as wire:
         wire.get()
         assert wire.read_response().whole
 
