@@ -329,7 +329,7 @@ def test_a_record_that_could_not_be_written_before_the_end_is_missed(tmp_path: p
         try:
             wait_until((tmp_path / "s").exists)
             octets = b""
-            while b"server.start" not in octets:
+            while not octets.endswith(b"\n"):
                 octets += _read_pipe(reader)
             (worker,) = json.loads(octets)["workers"]
             answered = 0
@@ -368,8 +368,9 @@ def test_all_requests_of_many_connections() -> None:
                 wire.get(f"/{number}")
             wait_until(lambda: len(upstream.wires) == 50)
             for wire in wires[:10]:
-                wire.close()  # on record before the kill
+                wire.close()  # on record, and counted, before the kill
             proxy.wait_requests(10)
+            proxy.wait_connections(40)
             (worker,) = proxy.worker_pids()
             os.kill(worker, signal.SIGKILL)
             records = proxy.wait_requests(50)
