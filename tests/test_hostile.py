@@ -274,6 +274,7 @@ def test_no_request_comes_behind_the_trailers_of_another(trailer: bytes) -> None
                 b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n" + trailer + b"\r\n"
             )
             assert wire.read_response("POST").status == 200
+        proxy.wait_requests(1)  # by then upstream's connection was given back
         with connect(proxy.address) as wire:
             wire.get("/next")
             assert wire.read_response().status == 200
