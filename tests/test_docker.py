@@ -447,7 +447,7 @@ def test_attach(through: Through, containers: Containers) -> None:
     other = containers.make("while [ ! -e /go ]; do sleep 0.05; done; echo seen; exit 4")
     with through.started("attach", other) as attached:
         # Attached, but for the answer's way back, when dockerd has the container's streams.
-        wait_until(lambda: "attach" in _direct_events(containers.dockerd, other), what="attached")
+        wait_until(lambda: "attach" in _direct_events(containers.dockerd, other), timeout_s=20, what="attached")
         containers.shell(other, ": > /go")
         assert read_lines(attached, lambda line: line == "seen")
         assert attached.wait(10) == 4
@@ -660,7 +660,7 @@ def test_docker_py_containers(
     events = client.events(since=0, decode=True, filters={"container": name, "event": "die"})
     logs = container.logs(stream=True, follow=True)
     attached = container.attach(stream=True)
-    wait_until(lambda: "attach" in _direct_events(containers.dockerd, name), what="attached")
+    wait_until(lambda: "attach" in _direct_events(containers.dockerd, name), timeout_s=20, what="attached")
     assert next(logs) == b"first\n"
     containers.shell(name, ": > /go")
     assert container.wait()["StatusCode"] == 6
@@ -725,9 +725,9 @@ def test_interrupted_build(
         else:
             record = through.aborted(r"/build\?", "client")
             assert (record["method"], record["phase"]) == ("POST", "response_body")
-        wait_until(lambda: not running(unique), what="the step's processes are gone")
+        wait_until(lambda: not running(unique), 20, "the step's processes are gone")
         build.wait(10)
-    wait_until(lambda: not _direct(dockerd, "ps", "-q"), what="the build's container is gone")
+    wait_until(lambda: not _direct(dockerd, "ps", "-q"), 20, "the build's container is gone")
 
 
 @_EVERY_CLI
