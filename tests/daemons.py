@@ -139,9 +139,13 @@ class Address(typing.NamedTuple):
         return socket.create_connection((self.host, self.port), 5)
 
 
+# An address at which nobody else asks for a free port.
+_OWN_HOST = "127.9.9.1"
+
+
 def free_port() -> int:
-    """Returns: a TCP port of 127.0.0.1 that was free a moment ago, for programs that can't choose one themselves."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    """Returns: a TCP port that was free a moment ago, for programs that can't choose one themselves."""
+    with socket.create_server((_OWN_HOST, 0)) as listener:
         return int(listener.getsockname()[1])
 
 
@@ -206,7 +210,7 @@ class Dockerd(_Process):
         # Short: containerd puts sockets below it, and a socket's path holds 107 octets.
         super().__init__("dockerd", pathlib.Path(tempfile.mkdtemp(prefix="dkr")))
         self.unix = Address(str(self.directory / "docker.sock"))
-        self.tcp = Address(None, "127.0.0.1", free_port())
+        self.tcp = Address(None, _OWN_HOST, free_port())
         self.cgroup = self.directory.name
         # With --bridge=none dockerd deletes docker0, from under the machine's own daemon if there is one.
         self.bridge = self.directory.name if os.path.exists("/sys/class/net/docker0") else "none"
