@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import hypothesis
 import pytest
 import trustme
 
@@ -26,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # Whoever starts the tests in the background may have it ignored, which docker and others would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # On a busy machine any example may take long.
+    hypothesis.settings.register_profile(
+        "busy machine",
+        hypothesis.settings(),
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("busy machine")
     config.addinivalue_line("markers", "netns: needs root, for network namespaces")
     config.addinivalue_line("markers", "docker: needs a docker daemon")
     config.addinivalue_line("markers", "slow: takes more than some seconds")

@@ -227,8 +227,8 @@ class ProxyProcess:
         if not path.exists():
             return []
         octets = path.read_bytes()
-        # One write may become visible page by page while it is under way.
-        for _ in range(20):
+        # One write may become visible page by page while it is under way, and a busy machine may stop it there.
+        for _ in range(400):
             if octets.endswith(b"\n") or not octets or self.process.poll() is not None:
                 break
             time.sleep(0.005)

@@ -21,7 +21,8 @@ import time
 import types
 import typing
 
-PATIENCE_S = 10.0
+# Of whoever waits for the other side, be it between two requests: a busy machine may take long for a test.
+PATIENCE_S = 30.0
 _KEPT = 4 * 1024 * 1024
 _READ = 256 * 1024
 _TLS_CHUNK = 128 * 1024
