@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
 import select
 import signal
 import socket
@@ -277,9 +278,7 @@ def test_an_upstream_that_shakes_hands_anew_in_the_middle_of_an_upload(certifica
     """As servers do under TLS 1.2 that ask for a certificate late: no write is possible meanwhile, and none failed."""
     lines = 100
     line = b"x" * 99_999 + b"\n"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_2", "-naccept", "1"]
+    command = ["openssl", "s_server", "-accept", "127.0.0.1:0", "-tls1_2", "-naccept", "1"]
     command += ["-cert", certificates.server, "-key", certificates.server]
     server = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
@@ -294,7 +293,8 @@ def test_an_upstream_that_shakes_hands_anew_in_the_middle_of_an_upload(certifica
     collector = threading.Thread(target=collect, daemon=True)
     collector.start()
     try:
-        harness.wait_until(lambda: b"ACCEPT" in got, what="openssl listens")
+        harness.wait_until(lambda: re.search(rb"ACCEPT 127\.0\.0\.1:\d+\n", got), what="openssl listens")
+        port = int(got.partition(b"ACCEPT 127.0.0.1:")[2].split()[0])
         url = f"https://localhost:{port}"
         with ProxyProcess(url, "--upstream-ca", certificates.ca) as proxy, connect(proxy.address) as wire:
             assert server.stdin is not None
