@@ -2990,7 +2990,7 @@ for log rotation.
 """
 
 
-# --- proxy/log.py, line 24 ---
+# --- proxy/log.py, line 25 ---
 
 try:
     import pythonjsonlogger.json
@@ -3145,6 +3145,8 @@ class LineFile:
             # copytruncate), the next line would begin with NULs.
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_APPEND)
         self.fd, self._waits = (fd, False) if self.is_regular else _private_description(fd)
+        # Of a socket, such as journald's, each call says for itself that it must not wait.
+        self._socket = socket.socket(fileno=os.dup(self.fd)) if stat.S_ISSOCK(os.fstat(self.fd).st_mode) else None
         self._shared = shared
         self._lock = threading.Lock()  # guards the order of writes, and torn and stuck against the other threads
 
@@ -3207,8 +3209,11 @@ class LineFile:
                 shared.stuck = True
                 raise BlockingIOError(errno.EAGAIN, "nobody reads the log")
             try:
-                # Where a write may wait inside the kernel, no more than poll has promised room for.
-                count = os.write(self.fd, view[: select.PIPE_BUF] if self._waits else view)
+                if self._socket is not None:
+                    count = self._socket.send(view, socket.MSG_DONTWAIT)
+                else:
+                    # Where a write may wait inside the kernel, no more than poll has promised room for.
+                    count = os.write(self.fd, view[: select.PIPE_BUF] if self._waits else view)
             except BlockingIOError:
                 # poll promises one page; this line is larger than what is free.
                 if time.monotonic() >= give_up_at:
@@ -3227,14 +3232,14 @@ class LineFile:
         # The number stays: a thread may be about to write to it, and must not find another file under it.
         os.dup2(fresh.fd, self.fd, inheritable=False)
         os.close(fresh.fd)
-        self.is_regular, self._waits = fresh.is_regular, fresh._waits
+        self.is_regular, self._waits, self._socket = fresh.is_regular, fresh._waits, fresh._socket
         self._shared.torn = False
 
 
 def _private_description(fd: int) -> tuple[int, bool]:
     """Returns: a descriptor for the same pipe, terminal or socket, and whether its writes may wait."""
     # O_NONBLOCK belongs to the open file, which others (a shell) share with us; opened anew, it is ours alone. A
-    # socket can't be opened that way and stays as it is: journald reads its sockets. Nor can another user's pipe.
+    # socket can't be opened that way and stays as it is. Nor can another user's pipe.
     try:
         private = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -11,6 +11,7 @@ import pathlib
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -227,6 +228,30 @@ def test_a_reader_that_stops_within_a_line_finds_the_next_ones_whole() -> None:
         os.close(read_end)
         os.close(lines.fd)
         os.close(typing.cast(int, lines._shared._lock_fd))
+
+
+def test_a_socket_gets_each_line_in_one_write_and_costs_no_transfer() -> None:
+    """As the journal's, which can't be opened anew. One that keeps writes apart tells how many there were."""
+
+    def fill(lines: LineFile) -> None:
+        for _ in range(1000):
+            lines.write(b"y" * 9_999 + b"\n")
+
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with reader, writer:
+        lines = LineFile(os.dup(writer.fileno()), SharedState())
+        assert lines._socket is not None
+        try:
+            for size in (10, 5_000, 30_000):
+                lines.write(b"x" * size + b"\n")
+                assert len(reader.recv(65536)) == size + 1
+            with pytest.raises(BlockingIOError):
+                fill(lines)
+            assert writer.getblocking()  # which others share with us
+        finally:
+            lines._socket.close()
+            os.close(lines.fd)
+            os.close(typing.cast(int, lines._shared._lock_fd))
 
 
 def test_a_pipe_of_another_user_costs_a_line_and_no_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
