@@ -4611,7 +4611,7 @@ Nothing here is refused. What can't work at all is ``ConfigError``'s, and is fou
 """
 
 
-# --- proxy/notes.py, line 15 ---
+# --- proxy/notes.py, line 16 ---
 
 # A relayed connection has a socket on each side; what a worker has open besides is less than this.
 _FILES_EACH, _FILES_BESIDE = 2, 64
@@ -4627,7 +4627,7 @@ def configuration_notes(settings: Settings, environ: collections.abc.Mapping[str
         *_upstream_notes(settings),
         *certificate_notes(settings),
         *_limit_notes(settings),
-        *(f"{name} is no option, and is ignored" for name in ignored_variables(environ)),
+        *(f"{path_text(name)} is no option, and is ignored" for name in ignored_variables(environ)),
     ]
 
 

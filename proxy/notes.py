@@ -10,6 +10,7 @@ import stat
 
 from .config import Settings, TcpAddress, ignored_variables
 from .kernel import most_open_files
+from .masking import path_text
 from .tls import certificate_notes
 
 # A relayed connection has a socket on each side; what a worker has open besides is less than this.
@@ -26,7 +27,7 @@ def configuration_notes(settings: Settings, environ: collections.abc.Mapping[str
         *_upstream_notes(settings),
         *certificate_notes(settings),
         *_limit_notes(settings),
-        *(f"{name} is no option, and is ignored" for name in ignored_variables(environ)),
+        *(f"{path_text(name)} is no option, and is ignored" for name in ignored_variables(environ)),
     ]
 
 

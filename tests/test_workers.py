@@ -576,8 +576,10 @@ def test_configuration_and_upstream_at_paths_that_are_no_utf_8_are_told_in_valid
     os.mkdir(place)
     pathlib.Path(place, "c.toml").write_text("client_head_timeout = 0.2\n")
     told = []
-    # The source of a limit, an upstream that is not there, and a note on it.
-    with ProxyProcess(f"unix://{place}/none", "--config", f"{place}/c.toml", listen="0.0.0.0:0") as proxy:
+    options = ("--config", f"{place}/c.toml")
+    other = {os.fsdecode(b"PROXY_\xff"): "somebody else's"}
+    # The source of a limit, an upstream that is not there, and notes on it and on a variable.
+    with ProxyProcess(f"unix://{place}/none", *options, listen="0.0.0.0:0", env=other) as proxy:
         for octets in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET"):
             with connect(("127.0.0.1", proxy.port)) as wire:
                 wire.send(octets)
@@ -587,6 +589,7 @@ def test_configuration_and_upstream_at_paths_that_are_no_utf_8_are_told_in_valid
     json.dumps([told, records], ensure_ascii=False).encode()  # which a lone surrogate can't be
     assert f"upstream unix://{tmp_path}/\\xff/none could not be reached" in told[0]
     assert f"set in {tmp_path}/\\xff/c.toml line 1" in told[1]
+    assert r"PROXY_\xff is no option, and is ignored" in [record["message"] for record in records]
 
 
 def test_a_stale_unix_socket_is_replaced_and_one_in_use_is_not(upstream: Upstream, tmp_path: pathlib.Path) -> None:
