@@ -18,6 +18,7 @@ import secrets
 import signal
 import subprocess
 import tarfile
+import tempfile
 import typing
 
 import docker
@@ -73,6 +74,8 @@ class Way:
 _TCP, _UNIX, _MTLS = Way("tcp", "unix"), Way("unix", "tcp"), Way("mtls", "tcp")
 _TCP_TO_TCP = Way("tcp", "tcp")  # the one that can be spliced from end to end
 
+# An empty one, where BuildKit's client leaves a file, and makes the directory if there is none.
+_CONFIG = tempfile.TemporaryDirectory(prefix="docker-config-")
 _CLIS = docker_clis()
 _EVERY_CLI = pytest.mark.parametrize("cli", _CLIS, ids=str)
 _FIRST_CLI = pytest.mark.parametrize("cli", _CLIS[:1], ids=str)
@@ -159,7 +162,7 @@ def _docker(
 
 
 def _cli_environment(buildkit: bool) -> dict[str, str]:
-    return clean_environment(DOCKER_BUILDKIT="1" if buildkit else "0", DOCKER_CONFIG="/nonexistent")
+    return clean_environment(DOCKER_BUILDKIT="1" if buildkit else "0", DOCKER_CONFIG=_CONFIG.name)
 
 
 def _direct(dockerd: Dockerd, *arguments: str) -> str:
