@@ -988,9 +988,9 @@ class NoBody:
     def skip(self, count: int) -> None:
         """Never called with more than 0."""
 
-    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
-        """Returns: 0."""
-        return 0
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
+        """Returns: 0, and the mark."""
+        return 0, mark
 
 
 NO_BODY = NoBody()
@@ -1048,9 +1048,11 @@ class LengthFraming:
         """Where the framing stood; see ``content_between``."""
         return FRESH
 
-    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
-        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
-        return end - start
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
+        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``, and
+        where it stood behind them.
+        """
+        return end - start, mark
 
 
 class ConnectionFraming(LengthFraming):
@@ -1163,15 +1165,17 @@ class ChunkedFraming:
         line = b"" if self.state == _TRAILER else bytes(self.line)
         return (self.state, self.remaining, self.trailer_size, line)
 
-    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
-        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
+        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``, and
+        where it stood behind them.
+        """
         if mark[0] == _TRAILER:
-            return 0
+            return 0, mark
         replay = ChunkedFraming(self.max_trailer_size)
         replay.state, replay.remaining, replay.trailer_size, line = mark
         replay.line += line
         replay.feed(octets, start, end)
-        return replay.content
+        return replay.content, replay.mark
 
     def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
         """Take the octets ``[start:end]``; where ``contents`` is given, append the (start, end) of each run of content.
@@ -5484,7 +5488,9 @@ class Flow:
     __slots__ = (
         "buffer",
         "bulk",
+        "content_at",
         "content_before",
+        "counted",
         "dechunk",
         "enchunk",
         "end",
@@ -5516,6 +5522,10 @@ class Flow:
         self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
         self.mark: Mark = FRESH
+        self.content_at = 0  # framing.content there
+        # How far what is on the way was counted: for which octets (what ``read`` was), up to where, how the framing
+        # stood there, and the content behind it.
+        self.counted: tuple[int, int, Mark, int] | None = None
         # Read, and not to go on before more of it is known (ChunkedFraming.undecided); made when first wanted.
         self.held: bytearray | None = None
         self.dechunk = False  # only content is on the way
@@ -5595,11 +5605,22 @@ class Flow:
             elif self.enchunk:
                 count -= max(0, self.end - len(CRLF) - max(self.start, self.fed_from))
             else:
-                framing = self.framing
-                fed = framing.content_between(self.mark, self.octets, self.fed_from, self.end)
-                written = framing.content_between(self.mark, self.octets, self.fed_from, max(self.start, self.fed_from))
-                count -= fed - written
+                count -= self._content_behind(max(self.start, self.fed_from))
         return count
+
+    def _content_behind(self, start: int) -> int:
+        """Returns: the octets of content on the way from ``start`` on. It is asked with each turn of the loop, and a
+        sink may take what is on the way in hundreds of them: so what was counted once is not counted anew.
+        """
+        framing, key, counted = self.framing, self.read, self.counted
+        if counted is not None and counted[0] == key and counted[1] <= start:
+            _, at, mark, behind = counted
+        else:
+            at, mark, behind = self.fed_from, self.mark, framing.content - self.content_at
+        between, mark = framing.content_between(mark, self.octets, at, start)
+        behind -= between
+        self.counted = key, start, mark, behind  # one store, and of no use where ``read`` has changed meanwhile
+        return behind
 
 
 class AtOnce:
@@ -6041,6 +6062,7 @@ class Relay:
         flow.start = taken
         flow.fed_from = 0
         flow.mark = FRESH
+        flow.content_at = flow.framing.content - flow.framing.content_between(FRESH, octets, 0, len(octets))[0]
         flow.end = len(octets)
         flow.pending = True
 
@@ -6171,7 +6193,7 @@ class Relay:
         request = self.request
         framing = request.framing
         request.mark = framing.mark
-        content = framing.content
+        request.content_at = content = framing.content
         try:
             stop = framing.feed(octets, 0, count)
         except MalformedMessage as error:
@@ -6621,7 +6643,7 @@ class Relay:
         response = self.response
         framing = response.framing
         response.mark = framing.mark
-        content = framing.content
+        response.content_at = content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
         stood = not self.message_stream or self._stands_between_chunks()
         try:

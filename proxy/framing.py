@@ -56,9 +56,9 @@ class NoBody:
     def skip(self, count: int) -> None:
         """Never called with more than 0."""
 
-    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
-        """Returns: 0."""
-        return 0
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
+        """Returns: 0, and the mark."""
+        return 0, mark
 
 
 NO_BODY = NoBody()
@@ -116,9 +116,11 @@ class LengthFraming:
         """Where the framing stood; see ``content_between``."""
         return FRESH
 
-    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
-        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
-        return end - start
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
+        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``, and
+        where it stood behind them.
+        """
+        return end - start, mark
 
 
 class ConnectionFraming(LengthFraming):
@@ -231,15 +233,17 @@ class ChunkedFraming:
         line = b"" if self.state == _TRAILER else bytes(self.line)
         return (self.state, self.remaining, self.trailer_size, line)
 
-    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> int:
-        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``."""
+    def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
+        """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``, and
+        where it stood behind them.
+        """
         if mark[0] == _TRAILER:
-            return 0
+            return 0, mark
         replay = ChunkedFraming(self.max_trailer_size)
         replay.state, replay.remaining, replay.trailer_size, line = mark
         replay.line += line
         replay.feed(octets, start, end)
-        return replay.content
+        return replay.content, replay.mark
 
     def feed(self, octets: Octets, start: int, end: int, contents: list[tuple[int, int]] | None = None) -> int:
         """Take the octets ``[start:end]``; where ``contents`` is given, append the (start, end) of each run of content.

@@ -115,7 +115,9 @@ class Flow:
     __slots__ = (
         "buffer",
         "bulk",
+        "content_at",
         "content_before",
+        "counted",
         "dechunk",
         "enchunk",
         "end",
@@ -147,6 +149,10 @@ class Flow:
         self.pending = False  # whether there are any, in octets or in the pipe
         self.fed_from = 0  # where in octets the body begins, and how the framing stood there
         self.mark: Mark = FRESH
+        self.content_at = 0  # framing.content there
+        # How far what is on the way was counted: for which octets (what ``read`` was), up to where, how the framing
+        # stood there, and the content behind it.
+        self.counted: tuple[int, int, Mark, int] | None = None
         # Read, and not to go on before more of it is known (ChunkedFraming.undecided); made when first wanted.
         self.held: bytearray | None = None
         self.dechunk = False  # only content is on the way
@@ -226,11 +232,22 @@ class Flow:
             elif self.enchunk:
                 count -= max(0, self.end - len(CRLF) - max(self.start, self.fed_from))
             else:
-                framing = self.framing
-                fed = framing.content_between(self.mark, self.octets, self.fed_from, self.end)
-                written = framing.content_between(self.mark, self.octets, self.fed_from, max(self.start, self.fed_from))
-                count -= fed - written
+                count -= self._content_behind(max(self.start, self.fed_from))
         return count
+
+    def _content_behind(self, start: int) -> int:
+        """Returns: the octets of content on the way from ``start`` on. It is asked with each turn of the loop, and a
+        sink may take what is on the way in hundreds of them: so what was counted once is not counted anew.
+        """
+        framing, key, counted = self.framing, self.read, self.counted
+        if counted is not None and counted[0] == key and counted[1] <= start:
+            _, at, mark, behind = counted
+        else:
+            at, mark, behind = self.fed_from, self.mark, framing.content - self.content_at
+        between, mark = framing.content_between(mark, self.octets, at, start)
+        behind -= between
+        self.counted = key, start, mark, behind  # one store, and of no use where ``read`` has changed meanwhile
+        return behind
 
 
 class AtOnce:
@@ -672,6 +689,7 @@ class Relay:
         flow.start = taken
         flow.fed_from = 0
         flow.mark = FRESH
+        flow.content_at = flow.framing.content - flow.framing.content_between(FRESH, octets, 0, len(octets))[0]
         flow.end = len(octets)
         flow.pending = True
 
@@ -802,7 +820,7 @@ class Relay:
         request = self.request
         framing = request.framing
         request.mark = framing.mark
-        content = framing.content
+        request.content_at = content = framing.content
         try:
             stop = framing.feed(octets, 0, count)
         except MalformedMessage as error:
@@ -1252,7 +1270,7 @@ class Relay:
         response = self.response
         framing = response.framing
         response.mark = framing.mark
-        content = framing.content
+        response.content_at = content = framing.content
         contents: list[tuple[int, int]] | None = [] if response.dechunk else None
         stood = not self.message_stream or self._stands_between_chunks()
         try:

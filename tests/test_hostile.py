@@ -18,10 +18,11 @@ import pytest
 import harness
 import peers
 from conftest import Certificates
-from harness import LogRecord, ProxyProcess
-from peers import Script, TlsWire, Upstream, Wire, answer, answer_all, chunk, connect, ok
+from harness import LogRecord, ProxyProcess, wait_until
+from peers import PeerGone, Script, TlsWire, Upstream, Wire, answer, answer_all, chunk, connect, ok
 from proxy.aborts import Abort
 from proxy.config import load_settings
+from proxy.framing import ChunkedFraming
 from proxy.upstream import upstream_pool
 from proxy.vocabulary import Cause, Phase, Side
 
@@ -786,3 +787,38 @@ def test_an_upgrade_that_is_required_on_a_connection_that_ends() -> None:
         assert b"Connection: Upgrade" in lines
         assert b"Connection: close" in lines
         assert sole_record(proxy)["status"] == 426
+
+
+def test_what_a_client_sends_costs_little_while_many_chunks_wait_for_it() -> None:
+    """Each octet would otherwise have all that waits counted anew, which takes milliseconds. And the count is right."""
+    chunks = b"".join(chunk(b"a" * (1 + number % 3)) for number in range(300_000))
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        with contextlib.suppress(PeerGone, TimeoutError):
+            wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks * 5)
+
+    with Upstream(script) as upstream, ProxyProcess(upstream.url) as proxy:
+        with connect(proxy.address, receive_buffer=4096) as wire:
+            wire.send(b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n")
+            head = wire.read_head()
+            before = -1
+
+            def waits_for_client() -> bool:
+                nonlocal before
+                last, counts = before, proxy.wait_in_flight()["bytes"]
+                before = counts["client_written"]
+                return bool(before == last and counts["upstream_read"] > before + 10_000)
+
+            wait_until(waits_for_client)
+            began_s = proxy.cpu_s()
+            for _ in range(300):
+                wire.send(chunk(b"x"))
+                time.sleep(0.003)
+            assert proxy.cpu_s() - began_s < 0.3
+            proxy.wait_in_flight(lambda request: request["bytes"]["request_body"] == 300)
+            wire.reset()
+        counts = proxy.next_request()["bytes"]
+        reader = ChunkedFraming()
+        reader.feed(chunks * 5, 0, counts["client_written"] - len(head))
+        assert counts["response_body"] == reader.content
