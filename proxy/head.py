@@ -52,6 +52,9 @@ _CREDENTIALS = frozenset(
     (b"authorization", b"cookie", b"proxy-authorization", b"set-cookie", b"x-registry-auth", b"x-registry-config")
 )
 _NO_OPTIONS: frozenset[bytes] = frozenset()
+# Octets of a head that is remembered for the next message: a larger one takes many times its size once it is parsed,
+# which thousands of idle connections would hold on to.
+MOST_REMEMBERED = 8192
 # Without these no recipient could find the end of the message or its host; a Connection option that names one asks the
 # proxy to remove it, and then the two sides of the proxy would see different messages.
 _NEVER_HOP_BY_HOP = frozenset((b"content-length", b"host"))
@@ -132,6 +135,8 @@ class SectionMemory:
         section = shared.section if shared is not None else None
         if section is None or section.octets != octets:
             section = HeaderSection(octets)
+            if len(octets) > MOST_REMEMBERED:
+                return section
             if shared is not None and not section.has_credentials:
                 shared.section = section  # one store: another thread sees the old or the new
         self.octets = octets
@@ -205,8 +210,11 @@ def parse_request_head(octets: bytes, memory: SectionMemory) -> RequestHead:
         raise MalformedMessage("a Host field that is no host", line_end + 2, _without_user(hosts[0]))
     if target[0] != 0x2F or b"#" in target:
         _check_target(method, target, None if hosts is None else hosts[0])
+    head = RequestHead(method, target, minor, section, len(octets))
+    if len(octets) > MOST_REMEMBERED:
+        return head
     memory.head_octets = octets
-    memory.request = head = RequestHead(method, target, minor, section, len(octets))
+    memory.request = head
     if shared is not None and not section.has_credentials and b"?" not in target and b"@" not in target:
         shared.last_request = octets, head
     return head
@@ -243,8 +251,10 @@ def parse_response_head(octets: bytes, memory: SectionMemory) -> ResponseHead:
     minor = 0 if minor_digit == b"0" else 1
     if section.chunked and not minor:
         raise MalformedMessage("Transfer-Encoding in an HTTP/1.0 response", line_end + 2)
-    memory.head_octets = octets
-    memory.response = head = ResponseHead(int(status), reason or b"", minor, section, len(octets))
+    head = ResponseHead(int(status), reason or b"", minor, section, len(octets))
+    if len(octets) <= MOST_REMEMBERED:
+        memory.head_octets = octets
+        memory.response = head
     return head
 
 

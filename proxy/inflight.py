@@ -13,7 +13,7 @@ import mmap
 import struct
 import threading
 
-from .head import RequestHead
+from .head import MOST_REMEMBERED, RequestHead
 from .masking import mask_secrets
 from .vocabulary import Phase
 
@@ -109,7 +109,8 @@ class Slot:
         memory, at = self._memory, self._at
         known = self._head
         if head is not known or upstream != self._upstream:
-            self._head = head
+            # A slot outlives its connections: a large head would stay with it for good.
+            self._head = head if head.size <= MOST_REMEMBERED else None
             self._head_size = head.size
             if (
                 known is None

@@ -12,7 +12,7 @@ _USER_INFORMATION = re.compile(
 )
 # The name of a query field within what stands between two "&": some servers have ";" between fields, and a URL that is
 # a value has fields of its own, percent-encoded or not.
-_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*)(?:=|%3d)", re.IGNORECASE)
+_FIELD_NAME = re.compile(rb"(?:^|[?;]|%3f|%26|%3b)((?:(?!%3[fbd]|%26)[^=?;])*+)(?:=|%3d)", re.IGNORECASE)
 _SECRET_NAMES = frozenset(
     b"access_token api-key api_key apikey auth authorization client_secret credential credentials id_token jwt key pass"
     b" passwd password pwd refresh_token secret secret_key session sig signature token x-amz-credential"

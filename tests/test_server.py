@@ -300,3 +300,25 @@ def test_tls_connections_leave_no_memory_behind(upstream: Upstream, certificates
         before = proxy.rss_bytes()
         load(600)
         assert proxy.rss_bytes() - before < 12 * 1024 * 1024
+
+
+@pytest.mark.parametrize("kind", ["options", "query"])
+def test_large_heads_leave_no_memory_behind(kind: str, upstream: Upstream) -> None:
+    """Parsed, one may take twenty times its size. Neither idle connections hold on to that, nor what outlives them."""
+    names = [b"%x" % number for number in range(0x1000, 0x1000 + 12_000)]
+    with ProxyProcess(upstream.url, "--workers", "1") as proxy:
+        with connect(proxy.address) as wire:
+            assert ask(wire) == 200
+        (worker,) = proxy.worker_pids()
+        before = proxy.rss_bytes()
+        with contextlib.ExitStack() as stack:
+            for number in range(100):
+                wire = stack.enter_context(connect(proxy.address))
+                options = b",".join((b"x%d" % number, *names))
+                if kind == "options":
+                    wire.send(b"GET / HTTP/1.1\r\nHost: t\r\nConnection: %b\r\n\r\n" % options)
+                else:
+                    wire.send(b"GET /?%b HTTP/1.1\r\nHost: t\r\n\r\n" % options)
+                assert wire.read_response().status == 200
+        assert proxy.rss_bytes() - before < 40 * 1024 * 1024
+        assert proxy.worker_pids() == [worker]
