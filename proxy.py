@@ -4719,13 +4719,15 @@ failed.
 """
 
 
-# --- proxy/upstream.py, line 35 ---
+# --- proxy/upstream.py, line 36 ---
 
 # Idle connections kept for each worker; what a burst opened beyond it is closed after use.
 _MAX_IDLE = 256
 
 # Names that are being looked up at once, for all clients of a worker; more wait for one to end.
 _LOOKUPS = threading.BoundedSemaphore(64)
+# Descriptors that one lookup may take at once: files such as /etc/hosts, a socket for each server that is asked.
+_FILES_OF_RESOLVER = 4
 
 # wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; raises Abort for limits and a
 # client that leaves.
@@ -4780,7 +4782,7 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             answers.append([(family, address) for family, _, _, _, address in found])
         except OSError as error:
-            answers.append(error)
+            answers.append(_missing_files(end_fd) or error)
         finally:
             _LOOKUPS.release()
             os.close(end_fd)
@@ -4797,6 +4799,21 @@ def _look_up(host: str, port: int, wait: ConnectWait) -> list[tuple[int, typing.
     if isinstance(answer, OSError):
         raise answer
     return answer
+
+
+def _missing_files(fd: int) -> OSError | None:
+    """Find out, after a lookup has failed, whether the descriptors that it takes could be had: of a file or a socket
+    that it could not open the resolver says no more than that there is no such name. ``fd`` is any that is open.
+
+    Returns: the error of the first that was missing, None if none was.
+    """
+    with contextlib.ExitStack() as taken:
+        try:
+            for _ in range(_FILES_OF_RESOLVER):
+                taken.callback(os.close, os.dup(fd))
+        except OSError as error:
+            return error
+    return None
 
 
 def _has_source_address(family: int, address: typing.Any) -> bool:
@@ -8964,9 +8981,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """A bug outside of any request is one ``connection.abort``, with the connection closed."""
         evidence = socket_evidence(sock)
         sock.close()
-        what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
-        message = f"a bug in the proxy ended a connection: {what}"
-        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.INTERNAL, original=error)
+        if isinstance(error, MemoryError):
+            cause, message = Cause.RESOURCE, "the proxy ran out of memory, which ended a connection"
+        else:
+            what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
+            cause, message = Cause.INTERNAL, f"a bug in the proxy ended a connection: {what}"
+        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, cause, original=error)
         client_id = connection.connection_id if connection is not None else self.worker.next_id()
         duration_s = time.monotonic() - connection.began_at if connection is not None else 0.0
         name, _ = self._name(address)

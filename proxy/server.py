@@ -197,9 +197,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         """A bug outside of any request is one ``connection.abort``, with the connection closed."""
         evidence = socket_evidence(sock)
         sock.close()
-        what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
-        message = f"a bug in the proxy ended a connection: {what}"
-        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, Cause.INTERNAL, original=error)
+        if isinstance(error, MemoryError):
+            cause, message = Cause.RESOURCE, "the proxy ran out of memory, which ended a connection"
+        else:
+            what = printable(repr(error).encode("utf-8", "backslashreplace"))[:500]
+            cause, message = Cause.INTERNAL, f"a bug in the proxy ended a connection: {what}"
+        abort = Abort(Side.PROXY, Phase.REQUEST_HEAD, None, cause, original=error)
         client_id = connection.connection_id if connection is not None else self.worker.next_id()
         duration_s = time.monotonic() - connection.began_at if connection is not None else 0.0
         name, _ = self._name(address)

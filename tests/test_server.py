@@ -3,10 +3,12 @@
 import collections.abc
 import contextlib
 import os
+import pathlib
 import resource
 import select
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -322,3 +324,45 @@ def test_large_heads_leave_no_memory_behind(kind: str, upstream: Upstream) -> No
                 assert wire.read_response().status == 200
         assert proxy.rss_bytes() - before < 40 * 1024 * 1024
         assert proxy.worker_pids() == [worker]
+
+
+def test_a_resolver_without_descriptors_is_not_upstreams_doing(upstream: Upstream) -> None:
+    """It says that there is no such name, of a file or a socket that it could not open."""
+    url = upstream.url.replace("127.0.0.1", "localhost")
+    found = set()
+    for spare in range(6):
+        with ProxyProcess(url) as proxy, connect(proxy.address) as wire:
+            (worker,) = proxy.worker_pids()
+            limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+            wire.send(b"GET / HTTP/1.1\r\n")
+            proxy.wait_connections(1)
+            used = {int(fd) for fd in os.listdir(f"/proc/{worker}/fd")}
+            most = next(n for n in range(1, 100) if n > max(used) and n - len(used) >= spare)
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, (most, limits[1]))
+            wire.send(b"Host: t\r\n\r\n")
+            found.add((wire.read_response().status, proxy.next_request().get("cause")))
+    assert found == {(200, None), (503, "resource")}
+
+
+def test_a_lack_of_memory_outside_of_any_request_is_no_bug(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import sys, proxy.cli, proxy.exchange\n"
+        "def fail(self): raise MemoryError\n"
+        "proxy.exchange.ClientConnection.serve = fail\n"
+        "sys.exit(proxy.cli.main(sys.argv[1:]))"
+    )
+    path, log = tmp_path / "s", tmp_path / "log"
+    options = ["--listen", f"unix:{path}", "--log-file", str(log), "--workers", "1", "--upstream", "http://127.0.0.1:9"]
+    with subprocess.Popen([sys.executable, "-c", code, *options], cwd=harness.ROOT) as process:
+        try:
+            wait_until(lambda: log.exists() and b"server.start" in log.read_bytes(), 10)
+            with connect(str(path)) as wire:
+                wire.await_end()
+            wait_until(lambda: b"connection.abort" in log.read_bytes())
+        finally:
+            process.terminate()
+            assert process.wait(10) == 0
+    (record,) = (r for r in harness.parse_log(log.read_bytes()) if r["event"] == "connection.abort")
+    assert (record["level"], record["side"], record["cause"]) == ("warning", "proxy", "resource")
+    assert "out of memory" in record["message"]
+    assert "bug" not in record["message"]
