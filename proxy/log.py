@@ -38,6 +38,8 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _PATIENCE_S = 1.0
 # And for its turn where the reader, or who holds the lock, did not move before.
 _SHORT_PATIENCE_S = 0.05
+# How often it is tried again to open the file anew.
+_REOPEN_EVERY_S = 5.0
 # A line that is lost so long after the last one is the first of another outage.
 _OUTAGE_S = 1.0
 
@@ -293,6 +295,8 @@ class EventLog:
         self._lock = threading.Lock()  # guards lost_lines and _lost_at
         self._lost_at = -_OUTAGE_S
         self._removed = False  # the file has no name any more, and could not be made anew
+        self._nameless = False  # it never had one
+        self.reopen_at: float | None = None  # when to try it again, as the file could not be opened anew
         fd = 2 if path == "-" else self._open()
         self._stderr = LineFile(2, SharedState())
         self._file = self._stderr if path == "-" else LineFile(fd, SharedState())
@@ -349,18 +353,41 @@ class EventLog:
         """
         if self.path == "-":
             return False
+        error = self._reopen()
+        if error is None:
+            return True
+        meanwhile = "lines go to stderr, as the old file was removed" if self._removed else "the old file stays in use"
+        text = f"{path_text(self.path)} can't be opened, {meanwhile}; it is tried again every few seconds: {error}"
+        self.event("error", "log.reopen", message=text, pid=os.getpid())
+        return False
+
+    def tend(self) -> None:
+        """Open the file anew where that is overdue: it could not be done when it was asked for, and whoever rotates
+        asks but once; or the file was removed without a word, and nobody would ever see what is written to it.
+        """
+        if self.reopen_at is not None:
+            if time.monotonic() >= self.reopen_at and self._reopen() is None:
+                self.event("info", "log.reopen", message=f"{path_text(self.path)} was opened at last", pid=os.getpid())
+        elif self.path != "-" and not self._nameless and self._is_removed() and self.reopen():
+            self._nameless = self._is_removed()  # it has no name by design: /dev/stdout may lead to such a file
+            if not self._nameless:
+                text = f"{path_text(self.path)} was removed, and is made anew; lines of the last seconds went with it"
+                self.event("warning", "log.reopen", message=text, pid=os.getpid())
+
+    def _is_removed(self) -> bool:
+        return self._file.is_regular and os.fstat(self._file.fd).st_nlink == 0
+
+    def _reopen(self) -> OSError | None:
+        """Returns: why the file could not be opened anew; None if it was."""
         try:
             self._file.replace(self._open())
         except OSError as error:
-            self._removed = os.fstat(self._file.fd).st_nlink == 0
-            meanwhile = (
-                "lines go to stderr, as the old file was removed" if self._removed else "the old file stays in use"
-            )
-            text = f"{path_text(self.path)} can't be opened, {meanwhile}: {error}"
-            self.event("error", "log.reopen", message=text, pid=os.getpid())
-            return False
+            self._removed = self._is_removed()
+            self.reopen_at = time.monotonic() + _REOPEN_EVERY_S
+            return error
         self._removed = False
-        return True
+        self.reopen_at = None
+        return None
 
     def capture_library_logs(self) -> None:
         """Send what libraries log at warning and above through this log, as events."""

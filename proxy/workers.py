@@ -280,6 +280,7 @@ class WorkerProcess:
         elif not draining:
             self.worker.pool.sweep()
             self.server.tend()
+            self.log.tend()
 
     def _finished(self) -> bool:
         control = self.control
@@ -433,8 +434,12 @@ class Supervisor:
         while self.pids or self.restart_at:
             now = time.monotonic()
             due = [*self.restart_at.values()] + ([self.kill_at] if self.kill_at is not None else [])
+            if self.log.reopen_at is not None:
+                due.append(self.log.reopen_at)
             wait_s = min((at - now for at in due), default=3600.0)
-            if poller.poll(max(0, int(wait_s * 1000) + 1)):
+            ready = poller.poll(max(0, int(wait_s * 1000) + 1))
+            self.log.tend()  # before anything is written
+            if ready:
                 for byte in os.read(wake_read, 4096):
                     self._handle(byte)
             self._reap()

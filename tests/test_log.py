@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import typing
@@ -435,6 +436,57 @@ def test_after_rotations_no_worker_holds_an_old_file(upstream: Upstream) -> None
         wait_until(lambda: proxy.open_files() <= files, what="no more files than before")
         proxy.process.terminate()
         assert proxy.process.wait(10) == 0
+
+
+def test_a_rotation_that_found_no_descriptor_is_made_up_for(upstream: Upstream) -> None:
+    """Whoever rotates asks once, and then removes the old file: lines in there nobody would ever see, or miss."""
+    with ProxyProcess(upstream.url) as proxy:
+        ask(proxy)
+        (worker,) = proxy.worker_pids()
+        limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (1, limits[1]))
+        rotated = proxy.directory / "rotated"
+        proxy.log_path.rename(rotated)
+        proxy.send_signal(signal.SIGUSR1)
+        wait_until(lambda: b"log.reopen" in rotated.read_bytes())
+        assert "tried again" in parse_log(rotated.read_bytes())[-1]["message"]
+        rotated.unlink()
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
+        opened = proxy.wait_for(lambda record: record["event"] == "log.reopen", 10)
+        assert (opened["level"], opened["pid"]) == ("info", worker)
+        ask(proxy)
+        (record,) = proxy.wait_requests(1)
+        harness.check_record(record)
+        proxy.process.terminate()
+        assert proxy.process.wait(10) == 0
+
+
+def test_a_file_that_somebody_removes_is_made_anew(upstream: Upstream) -> None:
+    """Within seconds, and without a signal: nobody would ever see, or miss, what is written to it."""
+    with ProxyProcess(upstream.url, "--workers", "2") as proxy:
+        ask(proxy)
+        workers = proxy.worker_pids()
+        proxy.log_path.unlink()
+        wait_until(lambda: len(proxy.records()) == 2, 10)
+        assert {record["event"] for record in proxy.records()} == {"log.reopen"}
+        assert {record["pid"] for record in proxy.records()} == set(workers)
+        ask(proxy)
+        (record,) = proxy.wait_requests(1)
+        harness.check_record(record)
+        proxy.process.terminate()
+        assert proxy.process.wait(10) == 0
+        # The process above has nothing to say before: it looks when it does.
+        assert [r["event"] for r in proxy.records()[3:]] == ["log.reopen", "server.drain", "server.stop"]
+
+
+def test_a_file_without_a_name_is_not_opened_again_and_again(tmp_path: pathlib.Path) -> None:
+    """As where /dev/stdout leads to one."""
+    with tempfile.TemporaryFile() as file, open_log(f"/proc/self/fd/{file.fileno()}") as log:
+        for _ in range(3):
+            log.tend()
+        log.event("info", "test")
+        file.seek(0)
+        assert [record["event"] for record in parse_log(file.read())] == ["test"]
 
 
 # -- a log that can't be written --------------------------------------------------------------------------------------
