@@ -9215,25 +9215,26 @@ def _resolve_listen(address: TcpAddress) -> tuple[int, int, int, str, typing.Any
 
 def _listen_tcp(address: TcpAddress, settings: Settings) -> tuple[list[socket.socket], str]:
     family, _, _, _, where = _resolve_listen(address)
-    # Without SO_REUSEPORT first: with it, a second proxy of the same user would silently take half of the connections.
-    with socket.socket(family, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        trial.bind(where)
-        trial.listen(1)
-        where = (where[0], trial.getsockname()[1], *where[2:])
     dead, user = settings.peer_dead_timeout, settings.tcp_user_timeout
-    listeners = []
-    for _ in range(settings.workers):
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if settings.workers > 1:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        dead_s, user_s = dead.seconds if dead else None, user.seconds if user else None
-        prepare_listener(listener, dead_s, user_s, defer=settings.defers_accept)
-        listener.bind(where)
-        listener.listen(_BACKLOG)
-        listeners.append(listener)
-    return listeners, str(TcpAddress(str(where[0]), int(where[1])))
+    dead_s, user_s = dead.seconds if dead else None, user.seconds if user else None
+    listeners: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        for number in range(settings.workers):
+            listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if number:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            prepare_listener(listener, dead_s, user_s, defer=settings.defers_accept)
+            listener.bind(where)
+            listener.listen(_BACKLOG)
+            if not number and settings.workers > 1:
+                where = (where[0], listener.getsockname()[1], *where[2:])
+                # Only now that it listens: with this from the beginning, a second proxy of the same user, started
+                # before or at the same time, would silently share the connections. Now it finds the port taken.
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listeners.append(listener)
+        stack.pop_all()  # all are good: they stay open
+    return listeners, str(TcpAddress(str(where[0]), int(listeners[0].getsockname()[1])))
 
 
 def _listen_unix(address: UnixAddress) -> socket.socket:
@@ -9290,6 +9291,7 @@ class WorkerProcess:
             counts.bustle(index),
         )
         self.server = ProxyServer(self.worker, listener, counts.connections)
+        self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
 
     def run(self, report_to: int | None) -> None:
         """Serve until told to stop and all is done. ``report_to`` is told once, when connections are accepted."""
@@ -9323,8 +9325,9 @@ class WorkerProcess:
     def _tend(self, poller: select.poll) -> None:
         """Wait for a command and obey it, or do what is due from time to time."""
         draining = self.control.draining
-        if poller.poll(int((_DRAIN_POLL_S if draining else _SWEEP_EVERY_S) * 1000)):
-            commands = os.read(self.control_fd, 64)
+        wait_s = _DRAIN_POLL_S if draining else max(0.0, self._sweep_at - time.monotonic())
+        if poller.poll(int(wait_s * 1000) + 1):
+            commands = os.read(self.control_fd, 4096)
             if not commands:
                 poller.unregister(self.control_fd)
                 if not draining:
@@ -9334,9 +9337,10 @@ class WorkerProcess:
                         message=f"the main process has gone; worker {self.index} drains, and there will be no balance",
                         pid=os.getpid(),
                     )
-            for command in [bytes((c,)) for c in commands] or [_DRAIN]:
+            for command in [bytes((c,)) for c in dict.fromkeys(commands)] or [_DRAIN]:  # one said twice is obeyed once
                 self._obey(command)
-        elif not draining:
+        if not draining and time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
             self.worker.pool.sweep()
             self.server.tend()
             self.log.tend()
@@ -9499,8 +9503,8 @@ class Supervisor:
             ready = poller.poll(max(0, int(wait_s * 1000) + 1))
             self.log.tend()  # before anything is written
             if ready:
-                for byte in os.read(wake_read, 4096):
-                    self._handle(byte)
+                for said in _without_repeats(os.read(wake_read, 4096), self._STOP):
+                    self._handle(said)
             self._reap()
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
                 self.kill_at = None
@@ -9510,6 +9514,7 @@ class Supervisor:
             for index, at in list(self.restart_at.items()):
                 if self.stopping:
                     del self.restart_at[index]
+                    self._refuse(index)
                 elif time.monotonic() >= at:
                     del self.restart_at[index]
                     self._start_again(index)
@@ -9591,6 +9596,7 @@ class Supervisor:
                 os._exit(status)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
         os.close(read_end)
+        os.set_blocking(write_end, False)
         self.pids[pid] = index
         self.pipes[index] = write_end
         self.started_at[index] = time.monotonic()
@@ -9610,6 +9616,9 @@ class Supervisor:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
         listener = self.listeners[index % len(self.listeners)]
+        for sibling in self.listeners:
+            if sibling is not listener:
+                sibling.close()  # or, without the process above and its worker, clients would wait there for nobody
         try:
             worker = WorkerProcess(
                 index, self.settings, self.log, listener, self.counts, self.contexts, control_fd, self.in_flight
@@ -9659,6 +9668,8 @@ class Supervisor:
                 os.write(fd, command)
             except BrokenPipeError:
                 continue  # that worker has ended; _reap will find it
+            except BlockingIOError:
+                continue  # it stands still and hears nothing; the others, and the end, must not wait for it
 
     def _reap(self) -> None:
         while self.pids:
@@ -9715,6 +9726,14 @@ class Supervisor:
         self.lost[index] = self.lost.get(index, 0) + lost
         self.restart_at[index] = time.monotonic() + pause_s
 
+    def _refuse(self, index: int) -> None:
+        """Refuse, for a worker that died and is not started again, what comes to its listener: nobody else would, and
+        all that connect while the others drain would wait there.
+        """
+        if len(self.listeners) > 1:
+            with contextlib.suppress(OSError):  # it did so itself, before it died
+                self.listeners[index].shutdown(socket.SHUT_RD)
+
     def _report(self, began_at: float) -> int:
         for number in self._STOP:
             signal.signal(number, signal.SIG_IGN)  # one more has nothing to end, and would change the exit status
@@ -9739,6 +9758,13 @@ class Supervisor:
         return 0
 
 
+def _without_repeats(numbers: bytes, counted: tuple[int, ...]) -> list[int]:
+    """Returns: the signals that have come, in their order, each once but for those of which each counts: a storm of
+    reloads must not hold up the stop that comes behind it.
+    """
+    return [number for at, number in enumerate(numbers) if number in counted or number not in numbers[:at]]
+
+
 def _ignore_here(number: int, frame: object) -> None:
     """Signals arrive through the wakeup descriptor; a handler must exist for that."""
 
@@ -9748,12 +9774,14 @@ def notify_systemd(state: str) -> None:
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect("\0" + path[1:] if path.startswith("@") else path)
             sock.send(state.encode("ascii"))
-        except OSError:
-            return  # nobody listens: the service manager has its own time limit for that
+    except OSError:
+        # Nobody listens, or no descriptor is left: the service manager has its own time limit for that, and what is to
+        # be told, a stop above all, has to go on.
+        return
 
 
 def check_log_file(settings: Settings) -> bool:
@@ -9791,9 +9819,11 @@ def serve(settings: Settings) -> int:
     try:
         return Supervisor(settings, log, listeners, where, contexts).run()
     finally:
-        # A successor may have bound the path meanwhile. Its file is another one: ours exists until it is closed.
-        if socket_file is not None and _socket_file(settings) == socket_file:
-            os.unlink(socket_file[0])
+        # A read-only file system, say: the end was in order all the same, and the next start replaces what is left.
+        with contextlib.suppress(OSError):
+            # A successor may have bound the path meanwhile. Its file is another one: ours exists until it is closed.
+            if socket_file is not None and _socket_file(settings) == socket_file:
+                os.unlink(socket_file[0])
         for listener in listeners:
             listener.close()
 

@@ -1,6 +1,7 @@
 """Signals, deaths and ends: of one worker, of the process above, of a terminal's whole group."""
 
 import collections.abc
+import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 
 import pytest
 
@@ -21,6 +23,10 @@ import peers
 from conftest import Certificates
 from harness import LogRecord, ProxyProcess, run_cli, wait_until
 from peers import Upstream, Wire, chunk, connect, ok
+from proxy import workers
+from proxy.config import ConfigError, load_settings
+from proxy.kernel import prepare_listener
+from proxy.workers import open_listeners
 
 _BEGIN = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(b"begin")
 
@@ -696,3 +702,159 @@ def test_systemd_is_told(upstream: Upstream, tmp_path: pathlib.Path) -> None:
             assert manager.recv(100) == b"READY=1"
             proxy.stop()
             assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_a_stop_that_the_service_manager_cannot_be_told_of(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    """With no descriptor left for that, it is obeyed all the same."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with ProxyProcess(upstream.url, "--workers", "2", env=environment) as proxy:
+            first = proxy.process.pid
+            resource.prlimit(first, resource.RLIMIT_NOFILE, (1, 1))
+            proxy.stop()
+
+
+def test_an_end_is_in_order_where_the_socket_can_not_be_removed(upstream: Upstream, tmp_path: pathlib.Path) -> None:
+    """As on a file system that has become read-only."""
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    with ProxyProcess(upstream.url, listen=f"unix:{directory}/s") as proxy:
+        directory.rename(tmp_path / "elsewhere")
+        directory.touch()  # what is neither missing nor to be looked into
+        proxy.stop()
+
+
+def _control_pipe(writer: int, reader: int) -> int:
+    """Returns: our own descriptor for the pipe through which one process tells the other what to do."""
+
+    def pipes(pid: int, mode: str) -> dict[str, str]:
+        found = {}
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            path = f"/proc/{pid}/fd/{fd}"
+            flags = pathlib.Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+            if os.readlink(path).startswith("pipe:") and flags[-1] == mode:
+                found[os.readlink(path)] = path
+        return found
+
+    written, read = pipes(writer, "1"), pipes(reader, "0")
+    (name,) = written.keys() & read.keys()
+    return os.open(written[name], os.O_WRONLY | os.O_NONBLOCK)
+
+
+def test_a_worker_that_hears_nothing_does_not_hold_the_others(upstream: Upstream) -> None:
+    """Nor the end: its pipe may be full of what it was told while it stood still."""
+    with ProxyProcess(upstream.url, "--workers", "2", "--drain-timeout", "0") as proxy:
+        victim, other = proxy.start_record["workers"]
+        os.kill(victim, signal.SIGSTOP)
+        pipe = _control_pipe(proxy.process.pid, victim)
+        with contextlib.suppress(BlockingIOError):  # it is full
+            while True:
+                os.write(pipe, b"O" * 4096)
+        os.close(pipe)
+        proxy.send_signal(signal.SIGUSR2)
+        proxy.wait_for(lambda record: record["event"] == "server.inflight" and record["pid"] == other)
+        proxy.send_signal(signal.SIGTERM)
+        assert proxy.process.wait(15) == 0
+        records = proxy.records()
+        assert [r["pid"] for r in records if r["event"] == "worker.exit"] == [victim]
+        assert records[-1]["event"] == "server.stop"
+
+
+def test_a_storm_of_reloads_does_not_hold_up_the_stop_behind_it(certificates: Certificates) -> None:
+    """What was asked for many times is done once or a few times: reading the CAs takes some hundredths of a second."""
+    with peers.closed_port() as port, ProxyProcess(f"https://127.0.0.1:{port}", "--workers", "2") as proxy:
+        for _ in range(1000):
+            proxy.send_signal(signal.SIGHUP)
+            time.sleep(0.0005)
+        began_at = time.monotonic()
+        proxy.stop()
+        assert time.monotonic() - began_at < 5
+        assert sum(record["event"] == "server.reload" for record in proxy.records()) >= 2
+
+
+def test_whoever_asks_often_what_is_in_flight_does_not_keep_a_worker_from_its_housekeeping() -> None:
+    """A kept connection that upstream has ended is closed within some seconds."""
+    with Upstream(peers.answer_and_wait(ok(b"fine"))) as upstream, ProxyProcess(upstream.url) as proxy:
+        with connect(proxy.address) as wire:
+            wire.get()
+            assert wire.read_response().status == 200
+        proxy.wait_connections(0)
+        files = proxy.open_files()
+        upstream.wire().end_write()
+
+        def closed() -> bool:
+            proxy.ask_in_flight()
+            return proxy.open_files() < files
+
+        wait_until(closed, 12, "the end of the connection to upstream")
+
+
+def test_nobody_waits_at_the_listener_of_a_worker_that_died_just_before_the_stop(upstream: Upstream) -> None:
+    """It is not started again, and refuses no more by itself."""
+    with ProxyProcess(upstream.url, "--workers", "2", "--drain-timeout", "20") as proxy:
+        wires: dict[int, Wire] = {}
+        while len(wires) < 2:
+            wire = begin(proxy, "/never")
+            before = wires.setdefault(_owner(proxy.start_record["workers"], wire), wire)
+            if before is not wire:
+                wire.close()
+        try:
+            victim, other = proxy.start_record["workers"]
+            os.kill(victim, signal.SIGKILL)
+            proxy.wait_for(lambda record: record["event"] == "worker.exit")
+            proxy.send_signal(signal.SIGTERM)
+            proxy.wait_for(lambda record: record["event"] == "server.drain")
+            time.sleep(0.2)
+            assert all(refuses(proxy.address) for _ in range(10))
+            wires[other].close()
+            assert proxy.process.wait(5) == 0
+        finally:
+            for wire in wires.values():
+                wire.close()
+
+
+def test_the_listener_of_a_dead_worker_does_not_outlive_the_process_above(upstream: Upstream) -> None:
+    """A worker that drains must not hold it: clients would wait there for nobody, and no new start be possible."""
+    with ProxyProcess(upstream.url, "--workers", "2", "--drain-timeout", "20") as proxy:
+        first, (victim, other) = proxy.process.pid, proxy.start_record["workers"]
+        while True:
+            wire = begin(proxy, "/never")
+            if _owner([victim, other], wire) == other:
+                break
+            wire.close()
+        try:
+            os.kill(first, signal.SIGKILL)
+            os.kill(victim, signal.SIGKILL)
+            proxy.process.wait(5)
+            wait_until(lambda: refuses(proxy.address))
+            with ProxyProcess(upstream.url, listen=proxy.listen) as successor, connect(successor.address) as another:
+                another.get()
+                assert another.read_response().status == 200
+            assert _runs(other)
+        finally:
+            wire.close()
+        wait_until(lambda: not _runs(other))
+
+
+def test_of_two_that_start_at_once_one_gets_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the SO_REUSEPORT of their workers both could have it, and would silently share the connections."""
+    with peers.closed_port() as port:
+        settings = load_settings(
+            ["--listen", f"127.0.0.1:{port}", "--upstream", "http://127.0.0.1:9", "--workers", "2"], {}
+        )
+    opened: list[socket.socket] = []
+
+    def other_comes_first(*arguments: typing.Any, **options: typing.Any) -> None:
+        monkeypatch.undo()
+        opened.extend(open_listeners(settings)[0])  # while we are about to listen
+        prepare_listener(*arguments, **options)
+
+    monkeypatch.setattr(workers, "prepare_listener", other_comes_first)
+    try:
+        with pytest.raises(ConfigError, match="another process listens there"):
+            opened.extend(open_listeners(settings)[0])
+        assert [listener.getsockname()[1] for listener in opened] == [port, port]
+    finally:
+        for listener in opened:
+            listener.close()
