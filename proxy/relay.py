@@ -221,6 +221,11 @@ class Flow:
                 break
         self.pending = start < end
 
+    def leave_out(self, content: int) -> None:
+        """What the framing has counted since it stood at ``content`` is not on the way, and will not be relayed."""
+        self.content_at = self.framing.content
+        self.content_before -= self.content_at - content
+
     def relayed_content(self) -> int:
         """Returns: the octets of content that were written to the sink."""
         count = self.content_before + self.framing.content
@@ -685,11 +690,12 @@ class Relay:
     @staticmethod
     def _leave_pending(flow: Flow, octets: bytes, taken: int) -> None:
         """Leave to the loop what the sink did not take of octets that began where no chunk was under way."""
+        # Before the rest, which stands together at once: another thread may look (SIGUSR2).
+        flow.content_at = flow.framing.content - flow.framing.content_between(FRESH, octets, 0, len(octets))[0]
         flow.octets = octets
         flow.start = taken
         flow.fed_from = 0
         flow.mark = FRESH
-        flow.content_at = flow.framing.content - flow.framing.content_between(FRESH, octets, 0, len(octets))[0]
         flow.end = len(octets)
         flow.pending = True
 
@@ -825,14 +831,14 @@ class Relay:
             stop = framing.feed(octets, 0, count)
         except MalformedMessage as error:
             request.read += count
-            request.content_before -= framing.content - content  # counted, and will not be relayed
+            request.leave_out(content)
             raise malformed_request(error, Phase.REQUEST_BODY, self.bounds) from error
         request.read += stop
         if stop < count:
             self.residue = bytes(octets[stop:count])
         bound = self.settings.max_body_size
         if bound is not None and framing.content > bound.value and not self.tunnel:
-            request.content_before -= framing.content - content
+            request.leave_out(content)
             raise Abort(
                 Side.CLIENT,
                 Phase.REQUEST_BODY,
@@ -1278,7 +1284,7 @@ class Relay:
         except MalformedMessage as error:
             response.read += count
             self._stood = stood  # none of these octets goes on
-            response.content_before -= framing.content - content  # counted, and will not be relayed
+            response.leave_out(content)
             raise malformed_response(error, Phase.RESPONSE_BODY, self.bounds) from error
         response.read += stop
         if stop < count:

@@ -822,3 +822,30 @@ def test_what_a_client_sends_costs_little_while_many_chunks_wait_for_it() -> Non
         reader = ChunkedFraming()
         reader.feed(chunks * 5, 0, counts["client_written"] - len(head))
         assert counts["response_body"] == reader.content
+
+
+@pytest.mark.parametrize(
+    ("body", "cause", "status"),
+    [(b"3\r\nabc\r\nzz\r\n", "protocol", 400), (chunk(b"x" * 20), "limit", 413)],
+    ids=["malformed", "too large"],
+)
+@pytest.mark.parametrize("before", [b"", chunk(b"abcde")], ids=["first", "behind a chunk"])
+@pytest.mark.parametrize("comes", ["with the head", "later"])
+def test_content_that_is_not_to_go_on_was_not_relayed(
+    comes: str, before: bytes, body: bytes, cause: str, status: int
+) -> None:
+    with (
+        Upstream(peers.silent) as upstream,
+        ProxyProcess(upstream.url, "--max-body-size", "10") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        head = b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+        if comes == "later":
+            wire.send(head)
+            upstream.await_head()
+        wire.send((head if comes != "later" else b"") + before + body)
+        assert wire.read_response().status == status
+        record = sole_record(proxy)
+    assert (record["event"], record["phase"], record["cause"]) == ("request.abort", "request_body", cause)
+    assert record["bytes"]["client_read"] == len(head + before + body)
+    assert record["bytes"]["request_body"] == 0  # all came at once, and none of it went on
