@@ -9658,8 +9658,13 @@ class Supervisor:
         elif number == signal.SIGHUP:
             self.log.reopen()
             # Bad files leave the old contexts in use, here as in the workers, each of which logs what is wrong.
-            with contextlib.suppress(ConfigError):
+            try:
                 self.contexts = read_contexts(self.settings)
+            except ConfigError as error:
+                # The workers may have found them good.
+                told = f"a worker that is started again will have the old certificates: {error}"
+                self._log_notes([f"{told}; send SIGHUP once more when that is mended"])
+            else:
                 self._log_notes(certificate_notes(self.settings))
             self._tell(_RELOAD)
         elif number == signal.SIGUSR1:

@@ -858,3 +858,20 @@ def test_of_two_that_start_at_once_one_gets_the_port(monkeypatch: pytest.MonkeyP
     finally:
         for listener in opened:
             listener.close()
+
+
+def test_certificates_that_a_worker_started_again_will_not_have_are_told(
+    upstream: Upstream, certificates: Certificates
+) -> None:
+    """The process above could not read them, the worker could: its successor shows the old ones."""
+    with ProxyProcess(upstream.url, "--tls-cert", certificates.server) as proxy:
+        first = proxy.process.pid
+        limits = resource.prlimit(first, resource.RLIMIT_NOFILE)
+        resource.prlimit(first, resource.RLIMIT_NOFILE, (1, limits[1]))
+        proxy.send_signal(signal.SIGHUP)
+        note = proxy.wait_for(lambda record: record["event"] == "server.note")
+        assert (note["pid"], note["level"]) == (first, "warning")
+        assert "started again will have the old certificates: tls_cert" in note["message"]
+        assert "Too many open files" in note["message"]
+        assert "read anew" in proxy.wait_for(lambda record: record["event"] == "server.reload")["message"]
+        resource.prlimit(first, resource.RLIMIT_NOFILE, limits)
