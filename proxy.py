@@ -5673,7 +5673,7 @@ class Flow:
         sink may take what is on the way in hundreds of them: so what was counted once is not counted anew.
         """
         framing, key, counted = self.framing, self.read, self.counted
-        if counted is not None and counted[0] == key and counted[1] <= start:
+        if counted is not None and counted[0] == key and self.fed_from <= counted[1] <= start:
             _, at, mark, behind = counted
         else:
             at, mark, behind = self.fed_from, self.mark, framing.content - self.content_at
