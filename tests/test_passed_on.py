@@ -27,7 +27,7 @@ from proxy.aborts import Abort
 from proxy.config import load_settings
 from proxy.endpoint import READABLE
 from proxy.framing import ConnectionFraming
-from proxy.relay import Flow, Relay
+from proxy.relay import Bustle, Flow, Relay
 from proxy.vocabulary import Cause, Operation, Phase, Side
 
 _GET = b"GET /x HTTP/1.1\r\nHost: t\r\n\r\n"
@@ -550,6 +550,8 @@ def _tunnel(client: Peer, upstream: Peer) -> Relay:
     relay.waiter = waiter
     relay.tunnel = True
     relay.broken = None
+    relay._bustle = Bustle(memoryview(bytearray(8)).cast("d"), 0)
+    relay._small_turns_due = 0
     return relay
 
 
