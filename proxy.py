@@ -5480,10 +5480,10 @@ _PORTION_BESIDE_OTHERS = 256 * 1024
 _PAUSE_BESIDE_OTHERS_S = 0.0001
 # For how long after one of them has moved.
 _BUSTLE_STAYS_S = 1.0
-# How many turns with small portions, one after another, make an exchange one of those others: in bulk there are some as
-# well, at the beginning above all.
-_SMALL_TURNS = 8
-_SMALL_TURNS_AT_FIRST = 2
+# An exchange is one of those others when it has not been in bulk for so long, or its answer began so long ago: what is
+# in bulk moves small portions as well, and must not give way to itself.
+_BULK_STAYS_S = 0.1
+_BEGINNING_S = 0.01
 # What a client may send ahead of its turn while its response is awaited under TLS, where poll can't tell a FIN from
 # data.
 _MAX_RESIDUE = 64 * 1024
@@ -5709,11 +5709,11 @@ class Relay:
 
     __slots__ = (
         "_bustle",
+        "_bustles_from",
         "_head_from",
         "_noted_finished",
         "_noted_head",
         "_portion",
-        "_small_turns_due",
         "_stood",
         "awaited_from",
         "awaiting_continue",
@@ -5776,7 +5776,7 @@ class Relay:
         self.waiter = waiter
         self.pipes = pipes
         self._bustle = bustle
-        self._small_turns_due = _SMALL_TURNS_AT_FIRST  # before they count
+        self._bustles_from = 0.0  # when it begins to be one of those that others give way to
         self.bulky = False  # whether it has been in bulk
         self._portion = _SPLICE_AT_ONCE
         self.request_head = head
@@ -5933,6 +5933,7 @@ class Relay:
         waiter = self.waiter
         allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
+        self._bustles_from = now + _BULK_STAYS_S
         try:
             if begun is not None:
                 self._go_on(begun, now)
@@ -5987,9 +5988,7 @@ class Relay:
             self.note_progress()
             if request.bulk or response.bulk:
                 self._give_way(now)
-            elif self._small_turns_due:
-                self._small_turns_due -= 1
-            else:
+            elif now > self._bustles_from:
                 self._bustle.own[0] = now
             client_ready, upstream_ready, now = waiter.wait(client_events, upstream.fd, upstream_events, due_at)
             if due_at is None and not (request.pending or response.pending or response.bulk):
@@ -6036,7 +6035,7 @@ class Relay:
     def _give_way(self, now: float) -> None:
         """In bulk: leave room to those that are not, if any of them has moved lately."""
         self.bulky = True
-        self._small_turns_due = _SMALL_TURNS
+        self._bustles_from = now + _BULK_STAYS_S
         if self._bustle.is_on(now):
             self._portion = _PORTION_BESIDE_OTHERS
             time.sleep(_PAUSE_BESIDE_OTHERS_S)
@@ -6107,9 +6106,7 @@ class Relay:
                 request.content_before + request.framing.content,
                 response.content_before + response.framing.content,
             )
-            if self._small_turns_due:
-                self._small_turns_due -= 1
-            else:
+            if now > self._bustles_from:
                 moved_at[0] = now
             if sink.has_unread:
                 return 0, 0, now  # a write under TLS may have read
@@ -6663,6 +6660,8 @@ class Relay:
             self._begin_tunnel(head, rest, now, b"Connection: close\r\n")
             return
         self.response_head = head
+        if not self.bulky:
+            self._bustles_from = now + _BEGINNING_S
         dechunk = head.section.chunked and not self.request_head.minor
         prepared = prepare_response(head, self.proxy_name, dechunk=dechunk)
         response.framing = framing

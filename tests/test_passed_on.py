@@ -551,7 +551,7 @@ def _tunnel(client: Peer, upstream: Peer) -> Relay:
     relay.tunnel = True
     relay.broken = None
     relay._bustle = Bustle(memoryview(bytearray(8)).cast("d"), 0)
-    relay._small_turns_due = 0
+    relay._bustles_from = 0.0
     return relay
 
 
