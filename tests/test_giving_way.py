@@ -85,6 +85,14 @@ def _serve(wire: Wire) -> None:
             wire.send(_LARGE)
         elif target == b"/chunked":
             wire.send(_CHUNKED)
+        elif target == b"/mixed":
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % _SIZE)
+            small = b"s" * 64
+            for _ in range(16):
+                wire.send(b"l" * (_SIZE // 16 - 20 * len(small)))
+                for _ in range(20):
+                    wire.send(small)
+                    time.sleep(0.001)  # each on its own
         elif target == b"/lines":
             wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             while True:
@@ -210,6 +218,18 @@ def test_downloads_do_not_give_way_to_each_other(tmp_path: pathlib.Path) -> None
             # On a busy machine one may have come in drops for a while, as lines do.
             time.sleep(1.1)  # until those are forgotten
         pytest.fail("they gave way, five times")
+
+
+def test_a_download_does_not_give_way_to_its_own_small_portions(tmp_path: pathlib.Path) -> None:
+    with _proxy(tmp_path) as (proxy, witness), connect(proxy.address) as wire:
+        for _ in range(5):
+            witness.forget()
+            _download(wire, "/mixed")
+            assert max(witness.seen("portion")) > _BESIDE_OTHERS
+            if not witness.seen("pause"):
+                return
+            time.sleep(1.1)  # as above: on a busy machine it may have stood still between two of them
+        pytest.fail("it gave way, five times")
 
 
 @pytest.mark.parametrize("way", ["chunked", "tls"])
