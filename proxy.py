@@ -7816,23 +7816,11 @@ class ClientConnection:
         """
         client = self.client
         assert isinstance(client, TlsEndpoint)
-        at_most = self._idle_at_most()
-        if not self.waiter.idle(None if at_most is None else time.monotonic() + at_most):
-            self._closed("idle")
+        first = self._await_handshake()
+        if not first:
             return False
         began_at = time.monotonic()
         try:
-            try:
-                first = client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                # As a health check ends, or a client that vanished: nothing had begun.
-                self._closed(f"{classify(error, Operation.READ)}")
-                return False
-            if not first:
-                self._closed("no request")
-                return False
             if first[0] != 0x16:
                 plain = Abort(
                     Side.CLIENT,
@@ -7847,8 +7835,6 @@ class ClientConnection:
             self._watch_head(began_at, Operation.HANDSHAKE)
             while not client.handshake():
                 self.waiter.wait(client.read_event)
-        except BlockingIOError:
-            return self._shake_hands()  # poll was wrong about readiness
         except Abort as abort:
             self._connection_abort(abort, began_at)
             return False
@@ -7866,6 +7852,25 @@ class ClientConnection:
         finally:
             self.waiter.forget_phases()
         return True
+
+    def _await_handshake(self) -> bytes:
+        """Wait until the client speaks. Returns: its first octets, left to be read again; b"" if there will be none."""
+        at_most = self._idle_at_most()
+        until = None if at_most is None else time.monotonic() + at_most
+        while self.waiter.idle(until):
+            try:
+                first = self.client.sock.recv(8, socket.MSG_PEEK | NO_WAIT)
+            except BlockingIOError:
+                continue  # poll was wrong about readiness
+            except OSError as error:
+                # As a health check ends, or a client that vanished: nothing had begun.
+                self._closed(f"{classify(error, Operation.READ)}")
+                return b""
+            if not first:
+                self._closed("no request")
+            return first
+        self._closed("shutdown" if self.worker.control.draining else "idle")
+        return b""
 
     def _answer_plain_http(self, abort: Abort, *, head_only: bool) -> None:
         """Say in plain HTTP that TLS is spoken here: the client would see no more than garbage otherwise."""

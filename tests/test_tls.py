@@ -439,3 +439,27 @@ def test_close_notify_waits_no_longer_than_a_limit_allows(
             case _:
                 ending.wire.reset()
                 assert ending.await_end() < 5.0
+
+
+# -- a connection that never shakes hands ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", ["shutdown", "idle", "no request"])
+def test_a_connection_on_which_no_handshake_begins_is_told_as_one_without_a_request(
+    certificates: Certificates, why: str
+) -> None:
+    """As on a plain listener: at debug, with what ended it."""
+    keepalive_s = "0.2" if why == "idle" else "60"
+    with ProxyProcess(
+        "http://127.0.0.1:9",
+        *("--tls-cert", certificates.server, "--keepalive-timeout", keepalive_s, "--log-level", "debug"),
+    ) as proxy:
+        with connect(proxy.address) as wire:
+            if why == "shutdown":
+                proxy.wait_connections(1)
+                proxy.stop()
+            elif why == "no request":
+                wire.end_write()
+            assert wire.await_end() == "fin"
+            closed = proxy.wait_for(lambda record: record["event"] == "connection.close")
+        assert (closed["level"], closed["requests"], closed["why"]) == ("debug", 0, why)
