@@ -285,7 +285,7 @@ class ClientConnection:
             while not client.handshake():
                 self.waiter.wait(client.read_event)
         except Abort as abort:
-            self._connection_abort(abort, began_at)
+            self._log_handshake_abort(abort, began_at)
             return False
         except OSError as error:
             if isinstance(error, ssl.SSLEOFError):
@@ -296,7 +296,7 @@ class ClientConnection:
                 if failure.cause is Cause.TLS:
                     self._ending = "linger"  # a client of TLS 1.3 may send its request by now, and is to see the alert
                     self._overdue = True  # but is not waited for: anybody may fail a handshake, and take nothing of it
-            self._connection_abort(failure, began_at)
+            self._log_handshake_abort(failure, began_at)
             return False
         finally:
             self.waiter.forget_phases()
@@ -313,12 +313,12 @@ class ClientConnection:
                 continue  # poll was wrong about readiness
             except OSError as error:
                 # As a health check ends, or a client that vanished: nothing had begun.
-                self._closed(f"{classify(error, Operation.READ)}")
+                self._log_close(classify(error, Operation.READ))
                 return b""
             if not first:
-                self._closed("no request")
+                self._log_close("no request")
             return first
-        self._closed("shutdown" if self.worker.control.draining else "idle")
+        self._log_close("shutdown" if self.worker.control.draining else "idle")
         return b""
 
     def _answer_plain_http(self, abort: Abort, *, head_only: bool) -> None:
@@ -331,7 +331,7 @@ class ClientConnection:
         except OSError:
             return  # the client has left, and what it sent is on record all the same
 
-    def _connection_abort(self, abort: Abort, began_at: float) -> None:
+    def _log_handshake_abort(self, abort: Abort, began_at: float) -> None:
         duration_s = time.monotonic() - began_at
         evidence = socket_evidence(self.client.sock, abort.cause is Cause.DEAD_PEER)
         if abort.cause is Cause.DEAD_PEER:
@@ -341,7 +341,8 @@ class ClientConnection:
         log_connection_abort(self.worker, abort, message, self.connection_id, self.name, duration_s, evidence)
         abort.forget_frames()
 
-    def _closed(self, why: str) -> None:
+    def _log_close(self, why: str) -> None:
+        """Log, at debug, the end of a connection between two requests, or before the first."""
         if self.worker.log.threshold <= LEVELS["debug"]:
             self.worker.log.event(
                 "debug",
@@ -411,7 +412,7 @@ class ClientConnection:
             if not soon and not client.has_unread:
                 at_most = self._idle_at_most()
                 if not self.waiter.idle(None if at_most is None else begun_at + at_most):
-                    self._closed("shutdown" if self.worker.control.draining else "idle")
+                    self._log_close("shutdown" if self.worker.control.draining else "idle")
                     self._ending = "idle"
                     return b""
             try:
@@ -421,11 +422,11 @@ class ClientConnection:
                 continue
             except OSError as error:
                 # Between two requests a reset is as good an end as any.
-                self._closed(f"{classify(error, Operation.READ)}")
+                self._log_close(classify(error, Operation.READ))
                 self._ending = "close"
                 return b""
             if not more:
-                self._closed("closed by the client")
+                self._log_close("closed by the client")
                 self._ending = "idle"
                 return b""
             octets += more
