@@ -104,6 +104,7 @@ Ending = typing.Literal[
     "idle",  # nothing was under way: close once the client has all of what was said before
     "close",  # at once: the client has left, or nothing was said
 ]
+# Not the word itself where it is set: mypy would take it for still so when ``_settle`` has said otherwise.
 _UNTIL_SETTLED: Ending = "close"
 
 
@@ -153,7 +154,8 @@ class Worker:
                 settings.client_write_deadline,
             )
         )
-        # For which request a connection first waits in the read: the first one may be there already.
+        # Before which request, counted from 0, a connection first makes its reads wait, which takes a system call: the
+        # first one is there already where connections are accepted when their client has spoken.
         self.patient_from = 1 if settings.defers_accept else 0
         # Whether an exchange without a relay is over before any limit could run out.
         self.may_skip_relay = all(
@@ -595,7 +597,8 @@ class ClientConnection:
     def _exchange(self, record: Record, head: RequestHead, prepared: PreparedRequest) -> None:
         """Lease an upstream connection and pass the request on. Raises: Abort."""
         worker = self.worker
-        # How long a peer owes an answer can't be known before this request: look at it only some time later.
+        # Nobody has looked at the peers' pulses since the last request. A look now would take system calls, and only
+        # begin to count (PeerPulse); most requests are over before the one that is due an interval from now.
         self.waiter.next_pulse_at = record.first_at + self.waiter.pulse_every_s
         body, self._residue = self._residue, b""
         request_id = record.request_id.encode("ascii")
@@ -852,7 +855,7 @@ class ClientConnection:
             connection.open(wait)
         except Abort as abort:
             if abort.side is Side.UPSTREAM and abort.phase is Phase.TLS_HANDSHAKE:
-                abort.operation = Operation.HANDSHAKE
+                abort.operation = Operation.HANDSHAKE  # its limit's watch began when it was still to connect
             raise
         finally:
             waiter.forget_upstream()
@@ -1103,7 +1106,9 @@ class ClientConnection:
         self._await_empty(self._given_up_at())
 
     def _given_up_at(self) -> float | None:
-        """Returns: how long, from now on, the last octets wait for the client; None: as long as it lives."""
+        """Returns: when, on the monotonic clock, a wait that begins now gives up the last octets for the client; None:
+        not while it lives.
+        """
         if self._overdue:
             return time.monotonic() + _ANSWER_S
         deadline = self.settings.client_write_deadline

@@ -1474,7 +1474,9 @@ class Relay:
             flow.pipe = None
 
     def release(self) -> None:
-        """Give back what the relay holds besides the sockets. Call it once, after the record was written."""
+        """Give back what the relay holds besides the sockets. Call it once, when nobody will ask for its counts any
+        more: they need what is left in the pipes.
+        """
         self._release_pipe(self.request)
         self._release_pipe(self.response)
         if self.broken is not None:
