@@ -530,7 +530,7 @@ class Relay:
                 client_events = max(client_events, 0) | client.read_event
                 if client.has_unread:
                     due_at = 0.0
-            elif client.has_unread or client.is_tls:
+            elif client.is_tls:
                 # Under TLS only a read tells the end of the client's side.
                 if len(self.residue) < _MAX_RESIDUE and not self.client_fin:
                     client_events |= client.read_event
@@ -556,7 +556,7 @@ class Relay:
             if upstream.unflushed:
                 upstream_events |= WRITABLE
             if waiter.watches:
-                self._set_watches(now, client_events, upstream_events)
+                self._set_watches(now, client_events)
             self.note_progress()
             if request.bulk or response.bulk:
                 self._give_way(now)
@@ -766,7 +766,7 @@ class Relay:
             response.relayed_content() if response.pending else response.content_before + response.framing.content,
         )
 
-    def _set_watches(self, now: float, client_events: int, upstream_events: int) -> None:
+    def _set_watches(self, now: float, client_events: int) -> None:
         """Let the timeouts run whose event is polled for, and the others rest."""
         request, response = self.request, self.response
         watch = self.client_read_watch
@@ -1177,7 +1177,7 @@ class Relay:
             self.partial_head = b""
         memory = self.memory
         assert memory is not None
-        while self.response_head is None:
+        while octets and self.response_head is None:
             head_end = octets.find(b"\r\n\r\n")
             if head_end < 0 or head_end > self.settings.max_head_size.value - 4:
                 if len(octets) > self.settings.max_head_size.value:
@@ -1206,8 +1206,6 @@ class Relay:
             except MalformedMessage as error:
                 response.read += len(octets)
                 raise malformed_response(error, Phase.RESPONSE_HEAD, self.bounds) from error
-            if head.status < 200 and head.status != 101 and not octets:
-                return
 
     def _take_head(self, head: ResponseHead, rest: bytes, now: float) -> None:
         """Serialize one response head for the client; with the final one goes what has come of its body."""
