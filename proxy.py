@@ -6364,7 +6364,7 @@ class Relay:
 
     def _pump_request(self, now: float) -> None:
         request, client = self.request, self.client
-        if request.framing.opaque() >= _SPLICE_MIN and self._can_splice(request):
+        if request.framing.opaque() >= _SPLICE_MIN and self._prepare_splice(request):
             self._splice(request, now)
             return
         octets: Octets
@@ -6465,7 +6465,7 @@ class Relay:
     def _read_upstream(self, now: float, *, soon: bool = False) -> None:
         response, upstream = self.response, self.upstream
         assert upstream is not None
-        if response.framing.opaque() >= _SPLICE_MIN and self._can_splice(response):
+        if response.framing.opaque() >= _SPLICE_MIN and self._prepare_splice(response):
             self._splice(response, now)
             return
         octets: Octets
@@ -6804,11 +6804,12 @@ class Relay:
             self._take_request_octets(octets, len(octets))
             self._flush_request(now)
 
-    def _can_splice(self, flow: Flow) -> bool:
-        """Whether the next octets, at least ``_SPLICE_MIN`` of which are opaque, are worth, and allowed, to pass from
-        socket to socket inside the kernel.
+    def _prepare_splice(self, flow: Flow) -> bool:
+        """Make ready for ``_splice``, if the next octets, at least ``_SPLICE_MIN`` of which are opaque, may pass from
+        socket to socket inside the kernel, and it is worth it.
+
+        Returns: whether the flow has a pipe, and its sockets do not wait.
         """
-        opaque = flow.framing.opaque()
         if flow.dechunk or flow.enchunk or flow.tail is not None:
             return False
         if flow.framing.ends_with_connection and not flow.bulk:
@@ -6823,14 +6824,16 @@ class Relay:
             bound is not None
             and flow is self.request
             and not self.tunnel
-            and flow.framing.content + opaque > bound.value
+            and flow.framing.content + flow.framing.opaque() > bound.value
         ):
             return False  # a chunk that passes the bound: copied, so that it is noticed where it does
         if flow.pipe is None:
             flow.pipe = self.pipes.take()
+            if flow.pipe is None:
+                return False
             source.prepare_splice()
             sink.prepare_splice()
-        return flow.pipe is not None
+        return True
 
     def _splice(self, flow: Flow, now: float) -> None:
         """Move opaque octets from socket to socket by way of a pipe."""
