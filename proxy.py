@@ -2364,6 +2364,11 @@ class Settings:
     sources: dict[str, str]
 
     @property
+    def allows_half_close(self) -> bool:
+        """Whether a client that has ended its side still waits for its response."""
+        return self.client_half_close == "allow"
+
+    @property
     def defers_accept(self) -> bool:
         """Whether connections are accepted when their client has spoken, or after a second: not on a unix socket, which
         has no such thing, nor where that second would be much of the time that a client may be idle.
@@ -5931,7 +5936,6 @@ class Relay:
         request, response, client, upstream = self.request, self.response, self.client, self.upstream
         assert upstream is not None
         waiter = self.waiter
-        allow_half_close = self.settings.client_half_close == "allow"
         now = time.monotonic()
         self._bustles_from = now + _BULK_STAYS_S
         try:
@@ -5945,7 +5949,7 @@ class Relay:
         except Abort as abort:
             # Upstream's end ends that wait at once and the client's does not: if it is there by now, it came first.
             if abort.side is Side.UPSTREAM:
-                self._client_ends(waiter.peek_client(), allow_half_close)
+                self._client_ends(waiter.peek_client())
             raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
             client_events = (LEFT_OUT if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
@@ -6014,7 +6018,7 @@ class Relay:
                     except Abort as abort:
                         # Under TLS only a read tells the end of the client's side.
                         if abort.side is Side.UPSTREAM and (client_ready & HUNG_UP or (client_ready and client.is_tls)):
-                            self._client_ends(client_ready, allow_half_close)  # as where the answer came soon
+                            self._client_ends(client_ready)  # as where the answer came soon
                         raise
                 if (
                     response.finished
@@ -6028,7 +6032,7 @@ class Relay:
                 if response.pending and client_ready & client.write_event:
                     self._flush_response(now)
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
-                    self._read_client(client_ready, now, allow_half_close)
+                    self._read_client(client_ready, now)
         if not (request.finished or self.tunnel):
             self._add_event("client", "unread")  # upstream had answered: the rest of the request goes nowhere
 
@@ -6285,7 +6289,7 @@ class Relay:
             request.end = stop
             request.pending = stop > 0
 
-    def _read_client(self, ready: int, now: float, allow_half_close: bool) -> None:
+    def _read_client(self, ready: int, now: float) -> None:
         """Read from the client what its request still lacks; notice its end in any case."""
         request, client = self.request, self.client
         if ready & select.POLLERR and not ready & READABLE:
@@ -6295,11 +6299,12 @@ class Relay:
             self._pump_request(now)
             return
         if ready & HUNG_UP or client.is_tls:
-            self._client_ends(ready, allow_half_close)
+            self._client_ends(ready)
 
-    def _client_ends(self, ready: int, allow_half_close: bool) -> None:
+    def _client_ends(self, ready: int) -> None:
         """The client sends no more while its response is pending, or, under TLS, may be about to say so."""
         client = self.client
+        may_go_on = self.tunnel or self.settings.allows_half_close
         if ready & (select.POLLERR | select.POLLNVAL):
             raise self._socket_failed(client, Operation.WRITE if self.response.pending else Operation.READ)
         hung_up = bool(ready & HUNG_UP)
@@ -6308,9 +6313,9 @@ class Relay:
                 return
         elif not hung_up:
             return
-        elif client.is_tls and not (allow_half_close or self.tunnel):
+        elif client.is_tls and not may_go_on:
             self._read_off_end()
-        if allow_half_close or self.tunnel:
+        if may_go_on:
             if not self.client_fin:
                 self._add_event("client", "fin")
             self.client_fin = True
@@ -6939,7 +6944,7 @@ def half_a_request(settings: Settings, phase: Phase, detail: str | None = None) 
     """Make the abort of a client that has ended its side in the middle of its request: it is answered only where that
     does not mean that it has left.
     """
-    status, error_type = (400, "http_request_error") if settings.client_half_close == "allow" else (None, None)
+    status, error_type = (400, "http_request_error") if settings.allows_half_close else (None, None)
     return Abort(Side.CLIENT, phase, Operation.READ, Cause.CLOSED, status=status, error_type=error_type, detail=detail)
 
 
@@ -8378,7 +8383,7 @@ class ClientConnection:
 
         def wait(fd: int, events: int, at_most_s: float | None) -> bool:
             due_at = None if at_most_s is None else time.monotonic() + at_most_s
-            mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
+            mask = 0 if self.settings.allows_half_close else POLLRDHUP
             reads_ahead = mask != 0 and self.client.is_tls
             if isinstance(connection.sock, TlsEndpoint):
                 waiter.upstream = connection.sock  # its kernel owes answers from now on

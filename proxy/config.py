@@ -337,6 +337,11 @@ class Settings:
     sources: dict[str, str]
 
     @property
+    def allows_half_close(self) -> bool:
+        """Whether a client that has ended its side still waits for its response."""
+        return self.client_half_close == "allow"
+
+    @property
     def defers_accept(self) -> bool:
         """Whether connections are accepted when their client has spoken, or after a second: not on a unix socket, which
         has no such thing, nor where that second would be much of the time that a client may be idle.

@@ -824,7 +824,7 @@ class ClientConnection:
 
         def wait(fd: int, events: int, at_most_s: float | None) -> bool:
             due_at = None if at_most_s is None else time.monotonic() + at_most_s
-            mask = 0 if self.settings.client_half_close == "allow" else POLLRDHUP
+            mask = 0 if self.settings.allows_half_close else POLLRDHUP
             reads_ahead = mask != 0 and self.client.is_tls
             if isinstance(connection.sock, TlsEndpoint):
                 waiter.upstream = connection.sock  # its kernel owes answers from now on
