@@ -5496,6 +5496,8 @@ _FREE_PIPES = 32
 # How often upstream's kernel is asked for the last octets of a client that has gone.
 _ACKNOWLEDGED_CHECK_S = 0.02
 _LAST_CHUNK = b"0\r\n\r\n"
+# Of a record (docs/records.md): an upstream may send any number of interim responses, and each is one.
+_MOST_EVENTS = 16
 
 
 class PipeStore:
@@ -5818,7 +5820,7 @@ class Relay:
         self._noted_finished: bool | None = None
         self._head_from = ENDLESS  # what response.written was when the final head was queued
         self.guarded: list[AnyEndpoint] = []  # see _guard
-        self.events: list[tuple[float, str, str]] = []
+        self.events: list[tuple[float, Side, str]] = []
         self.sent_at: float | None = None
         self.awaited_from: float | None = None  # the answer: since then all was sent, or no more could be
         self.first_byte_at: float | None = None
@@ -6034,7 +6036,7 @@ class Relay:
                 if (client_ready & ~WRITABLE or client.has_unread) and (self.tunnel or not response.finished):
                     self._read_client(client_ready, now)
         if not (request.finished or self.tunnel):
-            self._add_event("client", "unread")  # upstream had answered: the rest of the request goes nowhere
+            self._add_event(Side.CLIENT, "unread")  # upstream had answered: the rest of the request goes nowhere
 
     def _give_way(self, now: float) -> None:
         """In bulk: leave room to those that are not, if any of them has moved lately."""
@@ -6317,7 +6319,7 @@ class Relay:
             self._read_off_end()
         if may_go_on:
             if not self.client_fin:
-                self._add_event("client", "fin")
+                self._add_event(Side.CLIENT, "fin")
             self.client_fin = True
             self.client_hung_up = bool(ready & select.POLLHUP)
             self.client_gone = (
@@ -6420,7 +6422,7 @@ class Relay:
         if self.tunnel:
             request.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             if not self.client_fin:
-                self._add_event("client", "fin")
+                self._add_event(Side.CLIENT, "fin")
             self.client_fin = True
             self._flush_request(now)
             return
@@ -6463,7 +6465,7 @@ class Relay:
             self.ended_at = now
         elif self.awaited_from is None:
             self.awaited_from = now
-        self._add_event("upstream", "stopped_reading")
+        self._add_event(Side.UPSTREAM, "stopped_reading")
 
     # -- upstream to client ------------------------------------------------------------------------
 
@@ -6581,7 +6583,7 @@ class Relay:
             response.framing.complete = True  # a ConnectionFraming: NoBody is never read from
             self.upstream_usable = False
             if self.tunnel:
-                self._add_event("upstream", "fin")
+                self._add_event(Side.UPSTREAM, "fin")
             elif response.enchunk:
                 response.octets = _LAST_CHUNK
                 response.start, response.end = 0, len(_LAST_CHUNK)
@@ -6653,7 +6655,7 @@ class Relay:
             if self.request_head.minor:
                 prepared = prepare_response(head, self.proxy_name, dechunk=False)
                 self._take_response_octets(b"", 0, serialize_response(head, prepared, b"", None))
-                self._add_event("upstream", str(status))
+                self._add_event(Side.UPSTREAM, str(status))
                 self._flush_response(now)
             if not rest:
                 self.first_byte_at = None  # of the final response
@@ -6720,7 +6722,7 @@ class Relay:
         if stop < count:
             # Octets behind the end of a response belong to nothing we asked for.
             self.upstream_usable = False
-            self._add_event("upstream", "excess")
+            self._add_event(Side.UPSTREAM, "excess")
         if contents is not None:
             octets = b"".join(octets[a:b] for a, b in contents)
             stop = len(octets)
@@ -6792,7 +6794,7 @@ class Relay:
         request.framing = ConnectionFraming()
         request.finished = False
         response.framing = ConnectionFraming()
-        self._add_event("upstream", "tunnel")
+        self._add_event(Side.UPSTREAM, "tunnel")
         assert self.upstream is not None
         self._guard(self.client)
         self._guard(self.upstream)
@@ -6935,8 +6937,8 @@ class Relay:
         phase = self.phase_of(endpoint.side, operation)
         return failed_socket(endpoint.side, phase, operation, number, self.settings.dead_peer_limit)
 
-    def _add_event(self, side: str, what: str) -> None:
-        if len(self.events) < 16:
+    def _add_event(self, side: Side, what: str) -> None:
+        if len(self.events) < _MOST_EVENTS:
             self.events.append((time.monotonic(), side, what))
 
 
