@@ -967,9 +967,11 @@ and ``stop < end`` only if it is complete.
 ENDLESS = 1 << 62
 
 Octets = bytes | bytearray
-Mark = tuple[int, int, int, bytes]
-# Where a framing stands that nothing was fed yet, or that stands between two chunks.
-FRESH: Mark = (0, 0, 0, b"")
+# Where a framing stands, for ``content_between``: the state of a ChunkedFraming, the octets that remain of its chunk,
+# and the part of a line that has come. For the other framings it makes no difference.
+Mark = tuple[int, int, bytes]
+# Of one that nothing was fed yet, or that stands between two chunks.
+FRESH: Mark = (0, 0, b"")
 
 
 class NoBody:
@@ -1013,6 +1015,7 @@ class LengthFraming:
     ends_with_connection = False
     between_chunks = True
     undecided = 0
+    mark: Mark = FRESH
 
     def __init__(self, length: int) -> None:
         self.remaining = length
@@ -1052,11 +1055,6 @@ class LengthFraming:
         self.remaining -= count
         self.content += count
         self.complete = self.remaining == 0
-
-    @property
-    def mark(self) -> Mark:
-        """Where the framing stood; see ``content_between``."""
-        return FRESH
 
     def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
         """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``, and
@@ -1148,7 +1146,7 @@ class ChunkedFraming:
         self.max_trailer_size = max_trailer_size
         self.trailer_size = 0
         self.trailer_fields = 0
-        self.last_chunk_size = 0  # of its line
+        self.last_chunk_size = 0  # octets of the chunk line read last: from the trailer section on, of the last chunk
         self.options = options  # which fields the head's Connection names
 
     @property
@@ -1170,10 +1168,10 @@ class ChunkedFraming:
 
     @property
     def mark(self) -> Mark:
-        """Where the framing stands; see ``content_between``."""
+        """Where the framing stands; see ``Mark``."""
         # A part of a trailer may be long and come octet by octet, and there is no content behind it: it is not copied.
         line = b"" if self.state == _TRAILER else bytes(self.line)
-        return (self.state, self.remaining, self.trailer_size, line)
+        return (self.state, self.remaining, line)
 
     def content_between(self, mark: Mark, octets: Octets, start: int, end: int) -> tuple[int, Mark]:
         """Returns: the octets of content in ``[start:end]``, which was fed when the framing stood at ``mark``, and
@@ -1182,7 +1180,7 @@ class ChunkedFraming:
         if mark[0] == _TRAILER:
             return 0, mark
         replay = ChunkedFraming(self.max_trailer_size)
-        replay.state, replay.remaining, replay.trailer_size, line = mark
+        replay.state, replay.remaining, line = mark
         replay.line += line
         replay.feed(octets, start, end)
         return replay.content, replay.mark
