@@ -272,7 +272,7 @@ as the same octets come again (``SectionMemory``, one for each connection and di
 """
 
 
-# --- proxy/head.py, line 30 ---
+# --- proxy/head.py, line 31 ---
 
 # The fields whose values this proxy looks at; all others are relayed unread.
 _READ_FIELDS = frozenset(
@@ -283,9 +283,7 @@ _READ_FIELDS = frozenset(
         b"content-type",
         b"expect",
         b"host",
-        b"keep-alive",
         b"max-forwards",
-        b"proxy-connection",
         b"te",
         b"transfer-encoding",
         b"upgrade",
@@ -638,13 +636,13 @@ def _explain_section(octets: bytes) -> MalformedMessage:
     return MalformedMessage(reason, at, line[:1] if folded else name[:32] if colon else line[:8])
 
 
-def _elements(values: list[bytes]) -> list[bytes]:
-    """The elements of a comma-separated list over all its field lines, empty ones left out (RFC 9110 §5.6.1)."""
+def list_elements(values: collections.abc.Iterable[bytes]) -> list[bytes]:
+    """Returns: the elements of a list over all its field lines, without empty ones (RFC 9110 §5.6.1)."""
     return [element for value in values for part in value.split(b",") if (element := part.strip(b" \t"))]
 
 
 def _connection_options(values: list[bytes]) -> frozenset[bytes]:
-    options = frozenset(element.lower() for element in _elements(values))
+    options = frozenset(element.lower() for element in list_elements(values))
     for option in options:
         if TOKEN.fullmatch(option) is None:
             raise MalformedMessage("a Connection option that is no token", 0, option)
@@ -854,7 +852,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         lines.append(b"Upgrade: %b\r\n" % b", ".join(known[b"upgrade"]))
         own_options.append(b"Upgrade")
     # An HTTP/1.0 client has no chunks, and so no trailers.
-    if head.minor and any(_is_trailers(value) for value in known.get(b"te", ())):
+    if head.minor and any(element.lower() == b"trailers" for element in list_elements(known.get(b"te", ()))):
         lines.append(b"TE: trailers\r\n")
         own_options.append(b"TE")
     if own_options:
@@ -873,7 +871,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         hops=hops,
         lines=b"".join(lines),
         request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
-        keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
+        keep_alive=_persists(head),
         upgrade=upgrade,
         expects_continue=expects_continue,
         whole_with=-1 if section.chunked or expects_continue or not head.minor else section.content_length or 0,
@@ -882,8 +880,10 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     return prepared
 
 
-def _is_trailers(value: bytes) -> bool:
-    return any(part.strip(b" \t").lower() == b"trailers" for part in value.split(b","))
+def _persists(head: RequestHead | ResponseHead) -> bool:
+    """Whether the sender keeps its connection open behind this message (RFC 9112 §9.3)."""
+    options = head.section.options
+    return b"close" not in options and (head.minor == 1 or b"keep-alive" in options)
 
 
 def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) -> PreparedResponse:
@@ -909,13 +909,12 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
         dropped |= _FRAMES_A_BODY
     lines = _passing_lines(section, dropped)
     lines.append(b"Via: 1.%d %b\r\n" % (head.minor, proxy_name))
-    options = section.options
     prepared = PreparedResponse(
         dechunk=dechunk,
         bodiless=bodiless,
         minor=head.minor,
         lines=b"".join(lines),
-        keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
+        keep_alive=_persists(head),
     )
     section.prepared = head.prepared = prepared
     return prepared
@@ -944,8 +943,7 @@ def upgrade_lines(section: HeaderSection) -> bytes:
 
 def upgrade_protocols(section: HeaderSection) -> set[bytes]:
     """Returns: the protocols of the Upgrade field, in lower case, as they are to be compared (RFC 9110 §7.8)."""
-    values = section.known.get(b"upgrade", ())
-    return {name.strip(b" \t").lower() for value in values for name in value.split(b",") if name.strip(b" \t")}
+    return {element.lower() for element in list_elements(section.known.get(b"upgrade", ()))}
 
 
 # --- proxy/framing.py, line 1 ---

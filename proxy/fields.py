@@ -8,7 +8,7 @@ the head is serialized.
 import typing
 
 from .grammar import CONTENT_LENGTH, REQUEST_ID
-from .head import HeaderSection, RequestHead, ResponseHead
+from .head import HeaderSection, RequestHead, ResponseHead, list_elements
 
 # RFC 9110 §7.6.1, and the two fields of a proxy's own authentication, which apply to the next hop alone (§11.7).
 # Transfer-Encoding is not among them: the chunked coding is relayed as it is, with its field.
@@ -133,7 +133,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         lines.append(b"Upgrade: %b\r\n" % b", ".join(known[b"upgrade"]))
         own_options.append(b"Upgrade")
     # An HTTP/1.0 client has no chunks, and so no trailers.
-    if head.minor and any(_is_trailers(value) for value in known.get(b"te", ())):
+    if head.minor and any(element.lower() == b"trailers" for element in list_elements(known.get(b"te", ()))):
         lines.append(b"TE: trailers\r\n")
         own_options.append(b"TE")
     if own_options:
@@ -152,7 +152,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         hops=hops,
         lines=b"".join(lines),
         request_id=ids[0] if len(ids) == 1 and REQUEST_ID.fullmatch(ids[0]) else None,
-        keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
+        keep_alive=_persists(head),
         upgrade=upgrade,
         expects_continue=expects_continue,
         whole_with=-1 if section.chunked or expects_continue or not head.minor else section.content_length or 0,
@@ -161,8 +161,10 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     return prepared
 
 
-def _is_trailers(value: bytes) -> bool:
-    return any(part.strip(b" \t").lower() == b"trailers" for part in value.split(b","))
+def _persists(head: RequestHead | ResponseHead) -> bool:
+    """Whether the sender keeps its connection open behind this message (RFC 9112 §9.3)."""
+    options = head.section.options
+    return b"close" not in options and (head.minor == 1 or b"keep-alive" in options)
 
 
 def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) -> PreparedResponse:
@@ -188,13 +190,12 @@ def prepare_response(head: ResponseHead, proxy_name: bytes, *, dechunk: bool) ->
         dropped |= _FRAMES_A_BODY
     lines = _passing_lines(section, dropped)
     lines.append(b"Via: 1.%d %b\r\n" % (head.minor, proxy_name))
-    options = section.options
     prepared = PreparedResponse(
         dechunk=dechunk,
         bodiless=bodiless,
         minor=head.minor,
         lines=b"".join(lines),
-        keep_alive=b"close" not in options and (head.minor == 1 or b"keep-alive" in options),
+        keep_alive=_persists(head),
     )
     section.prepared = head.prepared = prepared
     return prepared
@@ -223,5 +224,4 @@ def upgrade_lines(section: HeaderSection) -> bytes:
 
 def upgrade_protocols(section: HeaderSection) -> set[bytes]:
     """Returns: the protocols of the Upgrade field, in lower case, as they are to be compared (RFC 9110 §7.8)."""
-    values = section.known.get(b"upgrade", ())
-    return {name.strip(b" \t").lower() for value in values for name in value.split(b",") if name.strip(b" \t")}
+    return {element.lower() for element in list_elements(section.known.get(b"upgrade", ()))}

@@ -9,6 +9,7 @@ as the same octets come again (``SectionMemory``, one for each connection and di
 ``fields`` made of it.
 """
 
+import collections.abc
 import dataclasses
 
 from .grammar import (
@@ -36,9 +37,7 @@ _READ_FIELDS = frozenset(
         b"content-type",
         b"expect",
         b"host",
-        b"keep-alive",
         b"max-forwards",
-        b"proxy-connection",
         b"te",
         b"transfer-encoding",
         b"upgrade",
@@ -391,13 +390,13 @@ def _explain_section(octets: bytes) -> MalformedMessage:
     return MalformedMessage(reason, at, line[:1] if folded else name[:32] if colon else line[:8])
 
 
-def _elements(values: list[bytes]) -> list[bytes]:
-    """The elements of a comma-separated list over all its field lines, empty ones left out (RFC 9110 §5.6.1)."""
+def list_elements(values: collections.abc.Iterable[bytes]) -> list[bytes]:
+    """Returns: the elements of a list over all its field lines, without empty ones (RFC 9110 §5.6.1)."""
     return [element for value in values for part in value.split(b",") if (element := part.strip(b" \t"))]
 
 
 def _connection_options(values: list[bytes]) -> frozenset[bytes]:
-    options = frozenset(element.lower() for element in _elements(values))
+    options = frozenset(element.lower() for element in list_elements(values))
     for option in options:
         if TOKEN.fullmatch(option) is None:
             raise MalformedMessage("a Connection option that is no token", 0, option)
