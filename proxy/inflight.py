@@ -17,17 +17,20 @@ from .head import MOST_REMEMBERED, RequestHead
 from .masking import mask_secrets
 from .vocabulary import Phase
 
-# A slot begins with whether a request is in flight, and when its first byte came; then phase, status (0: none),
-# announced length of the body of its response (-1: none), six counts as in the field "bytes", and its id.
+# A slot is a row of structures, each right behind the one before, and two texts.
+# First whether a request is in flight, and when its first byte came; phase, status (0: none), announced length of the
+# body of its response (-1: none); six counts as in the field "bytes", and its id.
 _STATE = struct.Struct("=B7xdBxH4xq6Q128s")
-# What changes while it runs.
+# Within it, what changes while the request runs.
 _STAGE_AT, _STAGE = 16, struct.Struct("=BxH4xq")
-_COUNTS_AT, _COUNTS = 32, struct.Struct("=6Q")
-# Behind it what is the same in one request after the other: announced length of its body (-1: none), upstream, method,
-# target, each with its size before it; last the id of the connection, and the client.
-_HEAD_AT, _HEAD = 208, struct.Struct("=qHHH")
-_CONNECTION_AT, _CONNECTION = 222, struct.Struct("=HH")
-_CONNECTION_TEXT_AT = 226
+_COUNTS_AT, _COUNTS = _STAGE_AT + _STAGE.size, struct.Struct("=6Q")
+# What is the same in one request after the other: the announced length of its body (-1: none), and the sizes of
+# upstream, of method, and of the text in which these two and the target stand one behind the other.
+_HEAD_AT, _HEAD = _STATE.size, struct.Struct("=qHHH")
+# Of the connection: the sizes of its id, and of the text in which it and the client stand.
+_CONNECTION_AT, _CONNECTION = _HEAD_AT + _HEAD.size, struct.Struct("=HH")
+_CONNECTION_TEXT_AT = _CONNECTION_AT + _CONNECTION.size
+# The text of the head takes what is left.
 _HEAD_TEXT_AT = 400
 _ROOM = 1024
 # The slots of a worker stand behind the number of those that were made, which has the room of one.
@@ -45,7 +48,7 @@ _ANSWER_PHASE = _NUMBERS[Phase.RESPONSE_HEAD]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class InFlight:
-    """A request that was in flight when its worker died; None is what its head had not told yet, or what was not."""
+    """A request that was in flight when its worker died. None: its head had not told it yet, or there was none."""
 
     connection_id: str
     client: str
