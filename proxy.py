@@ -4105,10 +4105,10 @@ AnyEndpoint = Endpoint | TlsEndpoint
 """What each request in flight is and how far it has come, in memory that outlives the worker process.
 
 A worker that is killed (``kill -9``, out of memory, a crash of the interpreter) can't write the records of its
-requests. So it keeps what the process above needs to write them: one slot for each client connection. What the record
+requests. So it keeps what the main process needs to write them: one slot for each client connection. What the record
 says is decided in ``record``.
 
-Invariant: a slot is written by the one thread that holds the connection, and read by the process above only when the
+Invariant: a slot is written by the one thread that holds the connection, and read by the main process only when the
 worker has ended.
 """
 
@@ -4338,7 +4338,7 @@ class SlotStore:
 
 
 class InFlightTable:
-    """The slots of all workers. Made by the process above, before it forks."""
+    """The slots of all workers. Made by the main process, before it forks."""
 
     def __init__(self, workers: int, most_connections: int) -> None:
         """``most_connections`` is what one worker may hold at once."""
@@ -6982,7 +6982,7 @@ _MOST_WORDS = 300
 
 
 class Tally:
-    """Counts of requests, shared between the worker, its threads and the process above it."""
+    """Counts of requests, shared between the worker, its threads and the main process."""
 
     NAMES = ("begun", "complete", "reject", "abort", "connections", "lost_lines")
 
@@ -9111,10 +9111,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
 # --- proxy/workers.py, line 1 ---
 
-"""The processes: one above that listens, watches and speaks to the outside, and workers that share its port.
+"""The processes: the main one, which listens, watches and speaks to the outside, and workers that share its port.
 
 Workers are told what to do through a pipe each, not by signals: a signal to the whole group (a terminal's Ctrl-C,
-systemd's stop) then counts once. A worker whose pipe ends has lost the process above it, and drains.
+systemd's stop) then counts once. A worker whose pipe ends has lost the main process, and drains.
 """
 
 
@@ -9306,7 +9306,7 @@ class WorkerProcess:
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
         self.tally = Tally(counts.cells(index))
-        # At once, as this process may be killed; the one above counts its own lines itself.
+        # At once, as this process may be killed; the main process counts its own lines itself.
         log.on_loss = functools.partial(self.tally.add, LOST_LINES)
         self.worker = Worker(
             settings,
@@ -9456,7 +9456,7 @@ class WorkerProcess:
         )
 
 
-# -- the process above -----------------------------------------------------------------------------
+# -- the main process ------------------------------------------------------------------------------
 
 
 class Supervisor:
@@ -9620,7 +9620,7 @@ class Supervisor:
                     traceback=traceback.format_exc()[-8192:],
                 )
             finally:
-                # Not sys.exit: what the process above registered to be done at exit is its own to do.
+                # Not sys.exit: what the main process registered to be done at exit is its own to do.
                 os._exit(status)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
         os.close(read_end)
@@ -9630,7 +9630,7 @@ class Supervisor:
         self.started_at[index] = time.monotonic()
 
     def _be_worker(self, index: int, control_fd: int, reports: tuple[int, int] | None) -> int:
-        """Let go of what is of the process above, and serve. Called in the new process. Returns: its exit status."""
+        """Let go of what is of the main process, and serve. Called in the new process. Returns: its exit status."""
         report_to = None
         if reports is not None:
             reading, report_to = reports
@@ -9638,7 +9638,7 @@ class Supervisor:
         for fd in self.wake:
             os.close(fd)
         for other in self.pipes.values():
-            os.close(other)  # or a worker would not see the end of the process above
+            os.close(other)  # or a worker would not see the end of the main process
         signal.set_wakeup_fd(-1)
         for number in self._SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
@@ -9646,7 +9646,7 @@ class Supervisor:
         listener = self.listeners[index % len(self.listeners)]
         for sibling in self.listeners:
             if sibling is not listener:
-                sibling.close()  # or, without the process above and its worker, clients would wait there for nobody
+                sibling.close()  # or, without the main process and its worker, clients would wait there for nobody
         try:
             worker = WorkerProcess(
                 index, self.settings, self.log, listener, self.counts, self.contexts, control_fd, self.in_flight
@@ -9719,7 +9719,7 @@ class Supervisor:
                 else f"with status {os.WEXITSTATUS(status)}"
             )
             if self.killed and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-                how += " from the process above it, as its time in the drain was over"
+                how += " from the main process, as its time in the drain was over"
             left = self._write_records(index, pid, status, how)
             if status or not self.stopping:
                 self._mourn(index, pid, status, how, left)

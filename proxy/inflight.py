@@ -1,10 +1,10 @@
 """What each request in flight is and how far it has come, in memory that outlives the worker process.
 
 A worker that is killed (``kill -9``, out of memory, a crash of the interpreter) can't write the records of its
-requests. So it keeps what the process above needs to write them: one slot for each client connection. What the record
+requests. So it keeps what the main process needs to write them: one slot for each client connection. What the record
 says is decided in ``record``.
 
-Invariant: a slot is written by the one thread that holds the connection, and read by the process above only when the
+Invariant: a slot is written by the one thread that holds the connection, and read by the main process only when the
 worker has ended.
 """
 
@@ -240,7 +240,7 @@ class SlotStore:
 
 
 class InFlightTable:
-    """The slots of all workers. Made by the process above, before it forks."""
+    """The slots of all workers. Made by the main process, before it forks."""
 
     def __init__(self, workers: int, most_connections: int) -> None:
         """``most_connections`` is what one worker may hold at once."""

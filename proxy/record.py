@@ -44,7 +44,7 @@ _MOST_WORDS = 300
 
 
 class Tally:
-    """Counts of requests, shared between the worker, its threads and the process above it."""
+    """Counts of requests, shared between the worker, its threads and the main process."""
 
     NAMES = ("begun", "complete", "reject", "abort", "connections", "lost_lines")
 

@@ -1,7 +1,7 @@
-"""The processes: one above that listens, watches and speaks to the outside, and workers that share its port.
+"""The processes: the main one, which listens, watches and speaks to the outside, and workers that share its port.
 
 Workers are told what to do through a pipe each, not by signals: a signal to the whole group (a terminal's Ctrl-C,
-systemd's stop) then counts once. A worker whose pipe ends has lost the process above it, and drains.
+systemd's stop) then counts once. A worker whose pipe ends has lost the main process, and drains.
 """
 
 import contextlib
@@ -219,7 +219,7 @@ class WorkerProcess:
         wake_read, self._wake_write = os.pipe()
         self.control = Control(wake_read)
         self.tally = Tally(counts.cells(index))
-        # At once, as this process may be killed; the one above counts its own lines itself.
+        # At once, as this process may be killed; the main process counts its own lines itself.
         log.on_loss = functools.partial(self.tally.add, LOST_LINES)
         self.worker = Worker(
             settings,
@@ -369,7 +369,7 @@ class WorkerProcess:
         )
 
 
-# -- the process above -----------------------------------------------------------------------------
+# -- the main process ------------------------------------------------------------------------------
 
 
 class Supervisor:
@@ -533,7 +533,7 @@ class Supervisor:
                     traceback=traceback.format_exc()[-8192:],
                 )
             finally:
-                # Not sys.exit: what the process above registered to be done at exit is its own to do.
+                # Not sys.exit: what the main process registered to be done at exit is its own to do.
                 os._exit(status)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
         os.close(read_end)
@@ -543,7 +543,7 @@ class Supervisor:
         self.started_at[index] = time.monotonic()
 
     def _be_worker(self, index: int, control_fd: int, reports: tuple[int, int] | None) -> int:
-        """Let go of what is of the process above, and serve. Called in the new process. Returns: its exit status."""
+        """Let go of what is of the main process, and serve. Called in the new process. Returns: its exit status."""
         report_to = None
         if reports is not None:
             reading, report_to = reports
@@ -551,7 +551,7 @@ class Supervisor:
         for fd in self.wake:
             os.close(fd)
         for other in self.pipes.values():
-            os.close(other)  # or a worker would not see the end of the process above
+            os.close(other)  # or a worker would not see the end of the main process
         signal.set_wakeup_fd(-1)
         for number in self._SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
@@ -559,7 +559,7 @@ class Supervisor:
         listener = self.listeners[index % len(self.listeners)]
         for sibling in self.listeners:
             if sibling is not listener:
-                sibling.close()  # or, without the process above and its worker, clients would wait there for nobody
+                sibling.close()  # or, without the main process and its worker, clients would wait there for nobody
         try:
             worker = WorkerProcess(
                 index, self.settings, self.log, listener, self.counts, self.contexts, control_fd, self.in_flight
@@ -632,7 +632,7 @@ class Supervisor:
                 else f"with status {os.WEXITSTATUS(status)}"
             )
             if self.killed and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-                how += " from the process above it, as its time in the drain was over"
+                how += " from the main process, as its time in the drain was over"
             left = self._write_records(index, pid, status, how)
             if status or not self.stopping:
                 self._mourn(index, pid, status, how, left)

@@ -1,4 +1,4 @@
-"""A worker that is killed leaves the records of its requests to the process above it: one each, and true.
+"""A worker that is killed leaves the records of its requests to the main process: one each, and true.
 
 Worker processes are killed from outside at every stage of a request; what the record says is held against what the
 peers sent and got.

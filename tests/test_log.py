@@ -475,7 +475,7 @@ def test_a_file_that_somebody_removes_is_made_anew(upstream: Upstream) -> None:
         harness.check_record(record)
         proxy.process.terminate()
         assert proxy.process.wait(10) == 0
-        # The process above has nothing to say before: it looks when it does.
+        # The main process has nothing to say before: it looks when it does.
         assert [r["event"] for r in proxy.records()[3:]] == ["log.reopen", "server.drain", "server.stop"]
 
 

@@ -1,4 +1,4 @@
-"""Signals, deaths and ends: of one worker, of the process above, of a terminal's whole group."""
+"""Signals, deaths and ends: of one worker, of the main process, of a terminal's whole group."""
 
 import collections.abc
 import contextlib
@@ -276,7 +276,7 @@ def test_a_worker_that_is_killed_in_the_drain_is_told(upstream: Upstream) -> Non
 
 
 def test_a_worker_that_cannot_be_started_again_is_tried_again(upstream: Upstream) -> None:
-    """Out of descriptors the process above goes on, and the other worker with it."""
+    """Out of descriptors the main process goes on, and the other worker with it."""
     with ProxyProcess(upstream.url, "--workers", "2") as proxy:
         first = proxy.process.pid
         victim, other = proxy.worker_pids()
@@ -863,7 +863,7 @@ def test_of_two_that_start_at_once_one_gets_the_port(monkeypatch: pytest.MonkeyP
 def test_certificates_that_a_worker_started_again_will_not_have_are_told(
     upstream: Upstream, certificates: Certificates
 ) -> None:
-    """The process above could not read them, the worker could: its successor shows the old ones."""
+    """The main process could not read them, the worker could: its successor shows the old ones."""
     with ProxyProcess(upstream.url, "--tls-cert", certificates.server) as proxy:
         first = proxy.process.pid
         limits = resource.prlimit(first, resource.RLIMIT_NOFILE)
