@@ -1837,19 +1837,18 @@ def most_open_files() -> int | None:
     return None if hard == resource.RLIM_INFINITY else hard
 
 
-def run_as_batch() -> bool:
+def run_as_batch() -> None:
     """Ask the scheduler not to interrupt whoever runs each time a thread of this process wakes up.
 
     Where threads share one interpreter it is mostly one of theirs who runs: it holds the interpreter's lock, the
-    thread that interrupts it wants that first of all, and each has been woken for nothing (docs/performance.md).
-    Returns: whether that is so now. A policy that somebody has chosen for us is left alone.
+    thread that interrupts it wants that first of all, and each has been woken for nothing (docs/performance.md). A
+    policy that somebody has chosen for us is left alone.
     """
     try:
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        return os.sched_getscheduler(0) == os.SCHED_BATCH
     except (AttributeError, OSError):
-        return False  # not Linux, or forbidden in a sandbox
+        return  # not Linux, or forbidden in a sandbox
 
 
 def pin_to_core(index: int) -> int | None:
@@ -9357,6 +9356,7 @@ class WorkerProcess:
         if poller.poll(int(wait_s * 1000) + 1):
             commands = os.read(self.control_fd, 4096)
             if not commands:
+                commands = _DRAIN
                 poller.unregister(self.control_fd)
                 if not draining:
                     self.log.event(
@@ -9365,8 +9365,8 @@ class WorkerProcess:
                         message=f"the main process has gone; worker {self.index} drains, and there will be no balance",
                         pid=os.getpid(),
                     )
-            for command in [bytes((c,)) for c in dict.fromkeys(commands)] or [_DRAIN]:  # one said twice is obeyed once
-                self._obey(command)
+            for command in dict.fromkeys(commands):  # one said twice is obeyed once
+                self._obey(bytes((command,)))
         if not draining and time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
             self.worker.pool.sweep()

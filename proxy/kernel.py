@@ -425,19 +425,18 @@ def most_open_files() -> int | None:
     return None if hard == resource.RLIM_INFINITY else hard
 
 
-def run_as_batch() -> bool:
+def run_as_batch() -> None:
     """Ask the scheduler not to interrupt whoever runs each time a thread of this process wakes up.
 
     Where threads share one interpreter it is mostly one of theirs who runs: it holds the interpreter's lock, the
-    thread that interrupts it wants that first of all, and each has been woken for nothing (docs/performance.md).
-    Returns: whether that is so now. A policy that somebody has chosen for us is left alone.
+    thread that interrupts it wants that first of all, and each has been woken for nothing (docs/performance.md). A
+    policy that somebody has chosen for us is left alone.
     """
     try:
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        return os.sched_getscheduler(0) == os.SCHED_BATCH
     except (AttributeError, OSError):
-        return False  # not Linux, or forbidden in a sandbox
+        return  # not Linux, or forbidden in a sandbox
 
 
 def pin_to_core(index: int) -> int | None:

@@ -270,6 +270,7 @@ class WorkerProcess:
         if poller.poll(int(wait_s * 1000) + 1):
             commands = os.read(self.control_fd, 4096)
             if not commands:
+                commands = _DRAIN
                 poller.unregister(self.control_fd)
                 if not draining:
                     self.log.event(
@@ -278,8 +279,8 @@ class WorkerProcess:
                         message=f"the main process has gone; worker {self.index} drains, and there will be no balance",
                         pid=os.getpid(),
                     )
-            for command in [bytes((c,)) for c in dict.fromkeys(commands)] or [_DRAIN]:  # one said twice is obeyed once
-                self._obey(command)
+            for command in dict.fromkeys(commands):  # one said twice is obeyed once
+                self._obey(bytes((command,)))
         if not draining and time.monotonic() >= self._sweep_at:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
             self.worker.pool.sweep()
