@@ -68,14 +68,15 @@ __version__ = "0.1.0"
 
 # --- proxy/dependencies.py, line 1 ---
 
-"""Whether the three packages the proxy stands on are there, and the commands that bring them.
+"""Whether the three packages the proxy stands on are there, and the commands that bring them; and how to say so where
+standard output or error may be closed.
 
 Standard library only and nothing of the package: this is asked before anything else is imported, so that a machine
 without them gets commands to type and no traceback.
 """
 
 
-# --- proxy/dependencies.py, line 13 ---
+# --- proxy/dependencies.py, line 14 ---
 
 # Module, then the name of its package for apt and for pip.
 DEPENDENCIES = (
@@ -3128,7 +3129,7 @@ class SharedState:
     def locked(self, until: float) -> collections.abc.Iterator[None]:
         """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart.
 
-        Raises: BlockingIOError if another process does not let go of it until then: it was stopped there, say.
+        Raises: BlockingIOError if another process has not let go of it by ``until``: it was stopped there, say.
         """
         if self._lock_fd is None:
             yield
@@ -3316,14 +3317,14 @@ class EventLog:
         with self._lock:
             self.lost_lines += 1
             now = time.monotonic()
-            first = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
+            is_told = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
             self._lost_at = now
         if self.on_loss is not None:
             self.on_loss()
         if self._file is self._stderr:
             return
         try:
-            if first:
+            if is_told:
                 path = path_text(self.path)
                 text = f"{path} can't be written ({error}); log lines go to stderr, {self.lost_lines} so far"
                 self._stderr.write(self.formatter.line("error", "log.lost", {"message": text}).encode("ascii"))
@@ -3710,7 +3711,8 @@ _RECORD_SIZE = 16384
 _RECORD_HEADER = 5
 _BATCH_SIZE = 4 * _RECORD_SIZE
 _CIPHERTEXT_READ = 128 * 1024
-# In one read; a peer that floods us with records without content must not keep us from looking at the limits.
+# How often one read or write asks the socket: a peer that floods us with records without content must not keep us from
+# looking at the limits.
 _MOST_RECEIVES = 6
 # What TLS may have to say that the peer does not take: answers to key updates, of which it can ask for any number.
 _MOST_UNSENT = 256 * 1024
@@ -3762,7 +3764,7 @@ class Endpoint:
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
         self._patience_before_s: float | None = None  # before it was made ready for splicing; None: it is not
-        self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
+        self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: every read must have it
         self.pulse = pulse
 
     @property
@@ -3943,7 +3945,8 @@ class TlsEndpoint(Endpoint):
         return bytes(memoryview(buffer)[: self._read_into(memoryview(buffer))])
 
     def _read_into(self, buffer: memoryview, size: int = 0, flags: int = 0) -> int:
-        """Read plaintext into ``buffer``, as many records as it takes and there are.
+        """Read plaintext into ``buffer``, as many records as it takes and there are. ``size`` and ``flags`` are there
+        for the sake of ``socket.recv_into``: the buffer says how much, and nothing here waits.
 
         Returns: the number of octets; 0 at close_notify.
         Raises: BlockingIOError if there are none yet; ssl.SSLEOFError where the connection ended without close_notify;
@@ -5162,8 +5165,8 @@ _DRAIN_CHECK_S = 0.2
 
 
 class Control:
-    """What a worker tells all its threads: to drain, until when, and to end now. ``wake_fd`` becomes readable when it
-    does.
+    """What a worker tells all its threads: to drain, until when, and to end now. As it begins to drain, ``wake_fd``
+    becomes readable, and stays so.
     """
 
     __slots__ = ("drain_until", "draining", "ending", "wake_fd")
@@ -5184,6 +5187,7 @@ class TimedWatch:
         self.watch = watch
         self.side = side
         self.operation = operation
+        # Of a write: what ``acknowledged_progress`` last said of its sockets; None: not asked yet.
         self.acknowledged: list[int | None] | None = None
 
 
@@ -7467,8 +7471,9 @@ class Record:
 
 
 def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[str, object]:
-    """The record of a request whose worker, ``pid``, has ended, ``how`` says how: what it last noted of the request.
+    """Make the record of a request from what its worker noted last, as the worker has died and can't.
 
+    ``how`` ends the sentence "process ``pid`` ended ...": "by signal 9", "with status 1".
     Returns: the fields of ``request.abort``.
     """
     abort = Abort(Side.PROXY, request.phase, None, cause)
@@ -8988,7 +8993,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                         self._overflow -= 1
             else:
                 self._turn_away(request, client_address)
-        except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
+        except Exception as error:  # noqa: BLE001  # a bug before anything was served: logged, and the thread lives on
             self._log_bug(request, client_address, error, None)
         finally:
             if not overflow:
@@ -9021,6 +9026,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             return True
 
     def _turn_away(self, sock: socket.socket, address: typing.Any) -> None:
+        """Close a connection for which there is no place even to be told so. One ``connection.abort`` says it."""
         evidence = socket_evidence(sock)
         sock.close()
         limit = self.worker.settings.max_connections

@@ -1,4 +1,5 @@
-"""Whether the three packages the proxy stands on are there, and the commands that bring them.
+"""Whether the three packages the proxy stands on are there, and the commands that bring them; and how to say so where
+standard output or error may be closed.
 
 Standard library only and nothing of the package: this is asked before anything else is imported, so that a machine
 without them gets commands to type and no traceback.

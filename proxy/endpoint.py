@@ -34,7 +34,8 @@ _RECORD_SIZE = 16384
 _RECORD_HEADER = 5
 _BATCH_SIZE = 4 * _RECORD_SIZE
 _CIPHERTEXT_READ = 128 * 1024
-# In one read; a peer that floods us with records without content must not keep us from looking at the limits.
+# How often one read or write asks the socket: a peer that floods us with records without content must not keep us from
+# looking at the limits.
 _MOST_RECEIVES = 6
 # What TLS may have to say that the peer does not take: answers to key updates, of which it can ask for any number.
 _MOST_UNSENT = 256 * 1024
@@ -86,7 +87,7 @@ class Endpoint:
         self.unflushed = False  # the end of writing is said, and not out yet
         self.can_splice = HAVE_SPLICE
         self._patience_before_s: float | None = None  # before it was made ready for splicing; None: it is not
-        self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: such a read must not be
+        self.patience_s = 0.0  # how long a read without NO_WAIT waits at most; 0.0: every read must have it
         self.pulse = pulse
 
     @property
@@ -267,7 +268,8 @@ class TlsEndpoint(Endpoint):
         return bytes(memoryview(buffer)[: self._read_into(memoryview(buffer))])
 
     def _read_into(self, buffer: memoryview, size: int = 0, flags: int = 0) -> int:
-        """Read plaintext into ``buffer``, as many records as it takes and there are.
+        """Read plaintext into ``buffer``, as many records as it takes and there are. ``size`` and ``flags`` are there
+        for the sake of ``socket.recv_into``: the buffer says how much, and nothing here waits.
 
         Returns: the number of octets; 0 at close_notify.
         Raises: BlockingIOError if there are none yet; ssl.SSLEOFError where the connection ended without close_notify;

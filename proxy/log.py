@@ -141,7 +141,7 @@ class SharedState:
     def locked(self, until: float) -> collections.abc.Iterator[None]:
         """Keep other processes out; threads of this one need a lock besides, as lockf does not hold them apart.
 
-        Raises: BlockingIOError if another process does not let go of it until then: it was stopped there, say.
+        Raises: BlockingIOError if another process has not let go of it by ``until``: it was stopped there, say.
         """
         if self._lock_fd is None:
             yield
@@ -329,14 +329,14 @@ class EventLog:
         with self._lock:
             self.lost_lines += 1
             now = time.monotonic()
-            first = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
+            is_told = self.lost_lines % 1000 == 0 or now - self._lost_at >= _OUTAGE_S
             self._lost_at = now
         if self.on_loss is not None:
             self.on_loss()
         if self._file is self._stderr:
             return
         try:
-            if first:
+            if is_told:
                 path = path_text(self.path)
                 text = f"{path} can't be written ({error}); log lines go to stderr, {self.lost_lines} so far"
                 self._stderr.write(self.formatter.line("error", "log.lost", {"message": text}).encode("ascii"))

@@ -530,8 +530,9 @@ class Record:
 
 
 def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[str, object]:
-    """The record of a request whose worker, ``pid``, has ended, ``how`` says how: what it last noted of the request.
+    """Make the record of a request from what its worker noted last, as the worker has died and can't.
 
+    ``how`` ends the sentence "process ``pid`` ended ...": "by signal 9", "with status 1".
     Returns: the fields of ``request.abort``.
     """
     abort = Abort(Side.PROXY, request.phase, None, cause)

@@ -150,7 +150,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                         self._overflow -= 1
             else:
                 self._turn_away(request, client_address)
-        except Exception as error:  # noqa: BLE001  # a bug before anything was served: the same
+        except Exception as error:  # noqa: BLE001  # a bug before anything was served: logged, and the thread lives on
             self._log_bug(request, client_address, error, None)
         finally:
             if not overflow:
@@ -183,6 +183,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             return True
 
     def _turn_away(self, sock: socket.socket, address: typing.Any) -> None:
+        """Close a connection for which there is no place even to be told so. One ``connection.abort`` says it."""
         evidence = socket_evidence(sock)
         sock.close()
         limit = self.worker.settings.max_connections

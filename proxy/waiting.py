@@ -31,8 +31,8 @@ _DRAIN_CHECK_S = 0.2
 
 
 class Control:
-    """What a worker tells all its threads: to drain, until when, and to end now. ``wake_fd`` becomes readable when it
-    does.
+    """What a worker tells all its threads: to drain, until when, and to end now. As it begins to drain, ``wake_fd``
+    becomes readable, and stays so.
     """
 
     __slots__ = ("drain_until", "draining", "ending", "wake_fd")
@@ -53,6 +53,7 @@ class TimedWatch:
         self.watch = watch
         self.side = side
         self.operation = operation
+        # Of a write: what ``acknowledged_progress`` last said of its sockets; None: not asked yet.
         self.acknowledged: list[int | None] | None = None
 
 
