@@ -20,7 +20,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import typing
 
@@ -235,18 +234,6 @@ def _carry(ends: tuple[int, int], control: socket.socket) -> None:
             _, _, sink, packet = heapq.heappop(waiting)
             with contextlib.suppress(OSError):  # the device's queue is full, or it goes down: a packet may be lost
                 os.write(sink, packet)
-
-
-def run_inside(namespace: str, call: collections.abc.Callable[[], object]) -> threading.Thread:
-    """Run ``call`` on a thread that lives in a namespace. Returns: the thread, started."""
-
-    def run() -> None:
-        with inside(namespace):
-            call()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
 
 
 if __name__ == "__main__":

@@ -581,7 +581,7 @@ class Upstream:
         except OSError as error:
             if wire.sock.fileno() >= 0:  # else closed by close()
                 self._fail(error)
-        except BaseException as error:  # noqa: BLE001 - a failed assertion, too, is raised where the test ends
+        except BaseException as error:  # noqa: BLE001  # a failed assertion, too, is raised where the test ends
             self._fail(error)
         finally:
             wire.close()
@@ -795,33 +795,12 @@ def close_at_once(wire: Wire) -> None:
     wire.end_write()
 
 
-def reset_at_once(wire: Wire) -> None:
-    """Reset without a word."""
-    wire.reset()
-
-
-def reset_after_head(wire: Wire) -> None:
-    """Read a head, then reset."""
-    wire.read_head()
-    wire.reset()
-
-
 def reset_after(count: int) -> Script:
     """Read some octets, then reset."""
 
     def script(wire: Wire) -> None:
         wire.read_exactly(count)
         wire.reset()
-
-    return script
-
-
-def close_after(count: int) -> Script:
-    """Read some octets, then close; with unread data that is a reset too."""
-
-    def script(wire: Wire) -> None:
-        wire.read_exactly(count)
-        wire.close()
 
     return script
 

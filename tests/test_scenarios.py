@@ -228,7 +228,7 @@ def leave(octets: bytes, how: str, after: str = "sent") -> ClientScript:
             if after == "body":
                 wire.read_exactly(4)
         elif how == "reset":
-            _await_read(wire)  # a reset destroys what was not read yet
+            _let_read()  # a reset destroys what was not read yet
         if how == "reset":
             wire.reset()
         else:
@@ -239,12 +239,12 @@ def leave(octets: bytes, how: str, after: str = "sent") -> ClientScript:
     return script
 
 
-def _await_read(wire: Wire) -> None:
-    """Wait until the other side's kernel has all that was sent; that its process has read it shows nowhere."""
+def _let_read() -> None:
+    """Leave the other side time to read what was sent: that it has shows nowhere."""
     time.sleep(0.05)
 
 
-def stop_reading(octets: bytes, until_end: bool = True) -> ClientScript:
+def stop_reading(octets: bytes) -> ClientScript:
     """Send a request and read nothing of its response until the proxy has ended it."""
 
     def script(wire: Wire, stage: Stage) -> Seen:
