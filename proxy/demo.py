@@ -285,7 +285,7 @@ def _fork(run: collections.abc.Callable[[], int]) -> int:
         status = run()
     except (ConfigError, OSError) as error:
         print_line(f"proxy: error: {error}")
-    except Exception:  # noqa: BLE001 - the process ends here, and must not run on in its parent's code
+    except Exception:  # noqa: BLE001  # the process ends here, and must not run on in its parent's code
         traceback.print_exc()
     finally:
         os._exit(status)
