@@ -1,8 +1,8 @@
 """Which fields go on to the other side: hop-by-hop fields out, the proxy's own in, everything else octet for octet.
 
-The result depends only on the header section and on the connection it came over, so it is kept with the section and
-made once for as long as a peer repeats itself; what changes from request to request (``X-Request-Id``) is added when
-the head is serialized.
+The result depends on the header section, on the connection it came over, and on little else (what stands first in
+``PreparedRequest`` and ``PreparedResponse``), so it is kept with the section and made once for as long as a peer
+repeats itself; what changes from request to request (``X-Request-Id``) is added when the head is serialized.
 """
 
 import typing

@@ -114,13 +114,12 @@ class SectionMemory:
     too. What has credentials in it is remembered by its own connection alone, and goes with it.
     """
 
-    __slots__ = ("head_octets", "last_request", "octets", "request", "response", "section", "shared")
+    __slots__ = ("head_octets", "last_request", "request", "response", "section", "shared")
 
     def __init__(self, shared: "SectionMemory | None" = None) -> None:
-        self.head_octets: bytes | None = None
+        self.head_octets: bytes | None = None  # of the head below, be it a request's or a response's
         self.request: RequestHead | None = None
         self.response: ResponseHead | None = None
-        self.octets: bytes | None = None
         self.section: HeaderSection | None = None
         self.shared = shared
         # Of a shared memory: octets and head together, so that no thread sees those of two requests.
@@ -128,8 +127,9 @@ class SectionMemory:
 
     def parse(self, octets: bytes) -> HeaderSection:
         """Like ``HeaderSection(octets)``, from memory where it is the same as last time."""
-        if octets == self.octets and self.section is not None:
-            return self.section
+        section = self.section
+        if section is not None and section.octets == octets:
+            return section
         shared = self.shared
         section = shared.section if shared is not None else None
         if section is None or section.octets != octets:
@@ -138,7 +138,6 @@ class SectionMemory:
                 return section
             if shared is not None and not section.has_credentials:
                 shared.section = section  # one store: another thread sees the old or the new
-        self.octets = octets
         self.section = section
         return section
 
