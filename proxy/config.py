@@ -106,7 +106,7 @@ class Option:
     group: str
     choices: tuple[str, ...] = ()
     shown_default: str = ""  # where the words of ``default`` would not explain it
-    least: int = 1  # for WORKERS, NUMBER and SIZE
+    least: int = 1  # this and the next for WORKERS, NUMBER, SIZE and SIZE_OR_NONE
     most: int = 2**63 - 1
 
     @property
@@ -660,9 +660,9 @@ def _parse_kind(option: Option, text: str, source: str) -> typing.Any:
         case Kind.UPSTREAM:
             return _parse_upstream(text)
         case Kind.WORKERS:
-            return _available_cores() if text == "auto" else _parse_number(text, option.least, option.most)
+            return _available_cores() if text == "auto" else _parse_number(option, text)
         case Kind.NUMBER:
-            return Bound(option.name, _parse_number(text, option.least, option.most), source)
+            return Bound(option.name, _parse_number(option, text), source)
         case Kind.SIZE:
             return Bound(option.name, _parse_size(option, text), source)
         case Kind.SIZE_OR_NONE:
@@ -765,13 +765,13 @@ def _parse_size(option: Option, text: str) -> int:
     return size
 
 
-def _parse_number(text: str, least: int, most: int) -> int:
+def _parse_number(option: Option, text: str) -> int:
     if re.fullmatch("-[0-9]{1,19}", text) is not None:
         raise _BadValue("must not be negative")
     if re.fullmatch("[0-9]{1,19}", text) is None:
         raise _BadValue("is no whole number")
-    if not least <= int(text) <= most:
-        raise _BadValue(f"is not from {least} to {most}")
+    if not option.least <= int(text) <= option.most:
+        raise _BadValue(f"is not from {option.least} to {option.most}")
     return int(text)
 
 
