@@ -66,7 +66,10 @@ def _upstream_notes(settings: Settings) -> list[str]:
     if not stat.S_ISSOCK(mode):
         return [f"{what} is no socket; requests get 502 until one is there"]
     if not os.access(path, os.W_OK):
-        return [f"{what} may not be written by this user; requests get 502 while that is so"]
+        return [
+            f"{what} may not be written by this user; requests get 502 while that is so: run as its owner or in its"
+            " group (docker's is docker)"
+        ]
     return []
 
 

@@ -107,8 +107,9 @@ def test_an_upstream_socket_of_others() -> None:
             )
         finally:
             os.unlink(path)
-    assert (
-        done.stdout == f"upstream socket {path!r} may not be written by this user; requests get 502 while that is so\n"
+    assert done.stdout == (
+        f"upstream socket {path!r} may not be written by this user; requests get 502 while that is so: run as its owner"
+        " or in its group (docker's is docker)\n"
     )
 
 
