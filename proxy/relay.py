@@ -521,14 +521,14 @@ class Relay:
                 self._client_ends(waiter.peek_client())
             raise
         while not (response.finished and (request.finished or not self.tunnel or self.broken is not None)):
-            client_events = (LEFT_OUT if self.client_hung_up else 0) if self.client_fin else POLLRDHUP
+            client_events = 0 if self.client_fin else POLLRDHUP
             upstream_events = 0
             due_at = None
             if request.pending:
                 if self.broken is None:
                     upstream_events = upstream.write_event
             elif self.broken is None and not request.framing.complete:
-                client_events = max(client_events, 0) | client.read_event
+                client_events |= client.read_event
                 if client.has_unread:
                     due_at = 0.0
             elif client.is_tls:
@@ -538,7 +538,7 @@ class Relay:
                     if client.has_unread:
                         due_at = 0.0
             if response.pending:
-                client_events = max(client_events, 0) | client.write_event
+                client_events |= client.write_event
                 if self.hung_up_at is None:
                     # No more of it is wanted now, but its failure, and its end where that comes too early.
                     upstream_events |= select.POLLERR if self.tunnel else POLLRDHUP
@@ -553,9 +553,11 @@ class Relay:
                     raise Abort(Side.CLIENT, self.phase_of(Side.CLIENT, Operation.READ), Operation.READ, Cause.CLOSED)
                 due_at = now + _ACKNOWLEDGED_CHECK_S  # closing now would take the client's last octets back
             if client.unflushed:
-                client_events = max(client_events, 0) | WRITABLE
+                client_events |= WRITABLE
             if upstream.unflushed:
                 upstream_events |= WRITABLE
+            if not client_events and self.client_hung_up:
+                client_events = LEFT_OUT
             if waiter.watches:
                 self._set_watches(now, client_events)
             self.note_progress()
