@@ -1919,8 +1919,8 @@ class Watch:
     """Joins the timeout and the deadline of one direction of one socket.
 
     The timeout counts only between ``wait`` and ``rest``, that is while the loop polls for that event: under
-    back-pressure the proxy stops asking the fast side, whose clock must not run on. A deadline runs from ``start``
-    whatever happens.
+    back-pressure the proxy stops asking the fast side, whose clock must not run on. A deadline runs from ``start`` to
+    ``end`` whatever happens.
     """
 
     __slots__ = ("deadline", "deadline_from", "stalled_from", "timeout")
@@ -1943,6 +1943,10 @@ class Watch:
     def rest(self) -> None:
         """The loop no longer polls for this direction: the timeout stands still and starts anew."""
         self.stalled_from = None
+
+    def end(self) -> None:
+        """All that was to pass this way has passed, or is not wanted any more: neither limit runs on."""
+        self.stalled_from = self.deadline_from = None
 
     def progress(self, now: float) -> None:
         """A byte moved (or was acknowledged): a wait under way starts anew."""
@@ -6210,13 +6214,12 @@ class Relay:
         )
 
     def _set_watches(self, now: float, client_events: int) -> None:
-        """Let the timeouts run whose event is polled for, and the others rest."""
+        """Let the timeouts run whose event is polled for, and the others rest; end what has nothing left to watch."""
         request, response = self.request, self.response
         watch = self.client_read_watch
         if watch is not None:
             if request.framing.complete or self.tunnel or self.broken is not None:
-                watch.rest()
-                watch.deadline_from = None  # the request is whole, or no more of it is wanted
+                watch.end()
             elif client_events & READABLE and not request.pending and not self.awaiting_continue:
                 watch.wait(now)
             else:
@@ -6224,8 +6227,7 @@ class Relay:
         watch = self.client_write_watch
         if watch is not None:
             if self.tunnel:
-                watch.rest()
-                watch.deadline_from = None
+                watch.end()
             elif response.pending:
                 watch.wait(now)
             else:
@@ -6233,8 +6235,7 @@ class Relay:
         watch = self.upstream_write_watch
         if watch is not None:
             if request.finished or self.tunnel or self.broken is not None:
-                watch.rest()
-                watch.deadline_from = None
+                watch.end()
             elif request.pending:
                 watch.wait(now)
             else:
@@ -6247,11 +6248,9 @@ class Relay:
                 watch.rest()  # while an interim response waits for the client, upstream is not asked
         watch = self.upstream_read_watch
         if watch is not None:
-            if self.response_head is None or response.framing.complete or self.tunnel:
-                watch.rest()
-                if self.response_head is not None:
-                    watch.deadline_from = None
-            elif not response.pending:
+            if self.response_head is not None and (response.framing.complete or self.tunnel):
+                watch.end()
+            elif self.response_head is not None and not response.pending:
                 watch.wait(now)
             else:
                 watch.rest()

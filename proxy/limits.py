@@ -50,8 +50,8 @@ class Watch:
     """Joins the timeout and the deadline of one direction of one socket.
 
     The timeout counts only between ``wait`` and ``rest``, that is while the loop polls for that event: under
-    back-pressure the proxy stops asking the fast side, whose clock must not run on. A deadline runs from ``start``
-    whatever happens.
+    back-pressure the proxy stops asking the fast side, whose clock must not run on. A deadline runs from ``start`` to
+    ``end`` whatever happens.
     """
 
     __slots__ = ("deadline", "deadline_from", "stalled_from", "timeout")
@@ -74,6 +74,10 @@ class Watch:
     def rest(self) -> None:
         """The loop no longer polls for this direction: the timeout stands still and starts anew."""
         self.stalled_from = None
+
+    def end(self) -> None:
+        """All that was to pass this way has passed, or is not wanted any more: neither limit runs on."""
+        self.stalled_from = self.deadline_from = None
 
     def progress(self, now: float) -> None:
         """A byte moved (or was acknowledged): a wait under way starts anew."""

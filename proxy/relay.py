@@ -770,13 +770,12 @@ class Relay:
         )
 
     def _set_watches(self, now: float, client_events: int) -> None:
-        """Let the timeouts run whose event is polled for, and the others rest."""
+        """Let the timeouts run whose event is polled for, and the others rest; end what has nothing left to watch."""
         request, response = self.request, self.response
         watch = self.client_read_watch
         if watch is not None:
             if request.framing.complete or self.tunnel or self.broken is not None:
-                watch.rest()
-                watch.deadline_from = None  # the request is whole, or no more of it is wanted
+                watch.end()
             elif client_events & READABLE and not request.pending and not self.awaiting_continue:
                 watch.wait(now)
             else:
@@ -784,8 +783,7 @@ class Relay:
         watch = self.client_write_watch
         if watch is not None:
             if self.tunnel:
-                watch.rest()
-                watch.deadline_from = None
+                watch.end()
             elif response.pending:
                 watch.wait(now)
             else:
@@ -793,8 +791,7 @@ class Relay:
         watch = self.upstream_write_watch
         if watch is not None:
             if request.finished or self.tunnel or self.broken is not None:
-                watch.rest()
-                watch.deadline_from = None
+                watch.end()
             elif request.pending:
                 watch.wait(now)
             else:
@@ -807,11 +804,9 @@ class Relay:
                 watch.rest()  # while an interim response waits for the client, upstream is not asked
         watch = self.upstream_read_watch
         if watch is not None:
-            if self.response_head is None or response.framing.complete or self.tunnel:
-                watch.rest()
-                if self.response_head is not None:
-                    watch.deadline_from = None
-            elif not response.pending:
+            if self.response_head is not None and (response.framing.complete or self.tunnel):
+                watch.end()
+            elif self.response_head is not None and not response.pending:
                 watch.wait(now)
             else:
                 watch.rest()
