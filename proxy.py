@@ -7640,6 +7640,8 @@ one place that asks the kernel for evidence, closes upstream, and answers the cl
 
 # --- proxy/exchange.py, line 73 ---
 
+# In one read of a head, or of what a client sends that nobody wants any more; and what is held of a body while upstream
+# is being connected.
 _HEAD_READ = 64 * 1024
 # More than an exchange without a relay takes, which never waits but for an answer that comes soon.
 _AT_ONCE_S = 5 * ANSWER_PATIENCE_S
@@ -7649,7 +7651,7 @@ _STALE_S = 1.0
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"))
 
 # After the last byte of a response that the kernel could not deliver at once: how long its delivery is awaited before
-# the record is written.
+# the record is written. A response of less than ``_SETTLE_MIN`` octets is not worth the system call that asks.
 _SETTLE_S = 2.0
 _SETTLE_MIN = 64 * 1024
 # The kernel's probes take 1.5 to 1.8 times peer_dead_timeout, rounded up to seconds: a verdict of its own that comes

@@ -146,9 +146,10 @@ def check_record(record: LogRecord) -> None:
 class ProxyProcess:
     """A running proxy. ``options`` are written as on the command line.
 
-    Unless they say otherwise it listens on a free port of 127.0.0.1, with one worker, and gives requests one second
-    when it is told to end. ``namespace`` is a network namespace to run it in. Leaving the context stops it, asserting
-    what ``stop`` asserts.
+    Unless they say otherwise it has one worker, gives requests one second when it is told to end, and logs to a file of
+    its own. ``listen`` may be ``unix``: a socket in a directory of its own. ``prefix`` goes before its command (strace,
+    say), and ``namespace`` is a network namespace to run it in. Leaving the context stops it, asserting what ``stop``
+    asserts.
     """
 
     def __init__(
