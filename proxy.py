@@ -8317,18 +8317,15 @@ class ClientConnection:
                 slot.describe(record.first_at, head, request_id, upstream.name, request.read, request.end, content)
                 relay.run(record.at_once)
             except Abort as last:
-                # Which event came first is decided here and, where both sides spoke at once, in Relay.run. And a kept
-                # connection that had gone stale proves nothing about upstream.
+                # Which event came first is decided here and, where both sides spoke at once, in Relay.run.
                 abort = relay.first_of(last)
                 if abort is not last:
                     raise abort from abort.original
-                if not reused or record.attempts or not _may_retry(abort, relay, head):
-                    if (
-                        reused
-                        and not record.attempts
-                        and _went_stale(abort, relay)
-                        and time.monotonic() - now < _STALE_S
-                    ):
+                # A kept connection that had gone stale proves nothing about upstream. The next one is no kept one, so
+                # there is one more attempt at most.
+                is_stale = reused and _went_stale(abort, relay)
+                if not is_stale or not _may_retry(relay, head):
+                    if is_stale and time.monotonic() - now < _STALE_S:
                         abort.detail = (
                             "on a connection kept from an earlier request, which upstream may just have ended as idle;"
                             f" not sent again, as {_why_not_again(relay)}"
@@ -8821,23 +8818,20 @@ def _time_verdict(abort: Abort, evidence: dict[str, object] | None, age_s: float
             abort.limit = None  # the kernel's own count of retransmissions (tcp_retries2), and no option
 
 
-def _may_retry(abort: Abort, relay: Relay, head: RequestHead) -> bool:
-    """Whether a request may be sent again after a kept connection failed: nothing came back, all of it is still at
-    hand, and sending it twice does no harm (RFC 9110 §9.2.2).
+def _may_retry(relay: Relay, head: RequestHead) -> bool:
+    """Whether a request may be sent again: all of it is still at hand, and sending it twice does no harm (RFC 9110
+    §9.2.2).
     """
-    return (
-        _went_stale(abort, relay)
-        and relay.body_reads == 0
-        and (head.method in _IDEMPOTENT or relay.request.written == 0)
-    )
+    return relay.body_reads == 0 and (head.method in _IDEMPOTENT or relay.request.written == 0)
 
 
 def _why_not_again(relay: Relay) -> str:
+    """Returns: for a request that may not be sent again, which of the two keeps it from that."""
     return "its body can't be read again" if relay.body_reads else "it might be done twice"
 
 
 def _went_stale(abort: Abort, relay: Relay) -> bool:
-    """Whether a kept connection failed as one does that upstream had ended, or was about to."""
+    """Whether a kept connection failed as one does that upstream had ended, or was about to: nothing came back."""
     return (
         abort.side is Side.UPSTREAM
         # Many servers that end an idle connection leave close_notify out.
