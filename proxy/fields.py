@@ -110,6 +110,12 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
     ):
         head.prepared = prepared
         return prepared
+    section.prepared = head.prepared = made = _make_request(head, context, hops)
+    return made
+
+
+def _make_request(head: RequestHead, context: ForwardingContext, hops: int | None) -> PreparedRequest:
+    section = head.section
     known = section.known
     options = section.options
     # Expect and Upgrade mean nothing in HTTP/1.0 (RFC 9110 §10.1.1, §7.8).
@@ -146,7 +152,7 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         and b"expect" not in options
         and any(v.lower() == b"100-continue" for v in expect)
     )
-    prepared = PreparedRequest(
+    return PreparedRequest(
         minor=head.minor,
         context=context,
         hops=hops,
@@ -157,8 +163,6 @@ def prepare_request(head: RequestHead, context: ForwardingContext) -> PreparedRe
         expects_continue=expects_continue,
         whole_with=-1 if section.chunked or expects_continue or not head.minor else section.content_length or 0,
     )
-    section.prepared = head.prepared = prepared
-    return prepared
 
 
 def _persists(head: RequestHead | ResponseHead) -> bool:
