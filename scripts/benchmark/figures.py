@@ -1,6 +1,6 @@
 """What is measured: each figure's run, its columns, and the goals set for it.
 
-A run measures one proxy once and returns a value per column. Goals are those of the issue "Fast", as data.
+A run measures one proxy once and returns a value per column. docs/performance.md says which goals are not met, and why.
 """
 
 import collections.abc
