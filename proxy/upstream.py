@@ -41,8 +41,8 @@ _LOOKUPS = threading.BoundedSemaphore(64)
 # Descriptors that one lookup may take at once: files such as /etc/hosts, a socket for each server that is asked.
 _FILES_OF_RESOLVER = 4
 
-# wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; raises Abort for limits and a
-# client that leaves.
+# wait(descriptor, events, seconds at most or None) -> whether the descriptor is ready; with -1 for it only time passes.
+# Raises Abort for limits and a client that leaves.
 ConnectWait = collections.abc.Callable[[int, int, float | None], bool]
 
 

@@ -41,8 +41,8 @@ _DRAIN, _END, _RELOAD, _REOPEN, _DUMP = b"D", b"E", b"R", b"O", b"U"
 _SERVES = b"\0"
 _SWEEP_EVERY_S = 5.0
 _DRAIN_POLL_S = 0.02
-# A worker that dies right after its start is not started again at once.
-_RESTART_PAUSE_S = 1.0
+# A worker that dies within the first of its start is started again only after the second.
+_RIGHT_AFTER_START_S, _RESTART_PAUSE_S = 10.0, 1.0
 # What the ending of a request in flight, record included, may take once its time is up.
 _END_GRACE_S = 3.0
 # How much longer a worker has that does not end by itself, as it is stopped or stuck.
@@ -186,7 +186,7 @@ def _listen_unix(address: UnixAddress) -> socket.socket:
         os.unlink(address.path)  # left by a process that did not end in order
     elif found in (0, errno.EAGAIN):
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-    elif found != errno.ENOENT:  # the usual case: nothing is there yet
+    elif found != errno.ENOENT:  # which is the usual case: nothing is there yet
         raise OSError(found, os.strerror(found))
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(address.path)
@@ -390,19 +390,19 @@ class Supervisor:
         # of the others.
         self.contexts = contexts
         self.listeners = listeners
-        self.where = where
+        self.where = where  # the address as it is logged
         self.counts = SharedCounts(settings.workers)
-        # Connections beyond the limit have theirs while they wait to be told so.
+        # Connections beyond the limit have slots, too, while they wait to be told so.
         self.in_flight = InFlightTable(settings.workers, settings.max_connections.value + MAX_OVERFLOW)
         self.pids: dict[int, int] = {}  # pid to index
         self.pipes: dict[int, int] = {}  # index to the writing end of its control pipe
-        self.restart_at: dict[int, float] = {}
-        self.started_at: dict[int, float] = {}
+        self.restart_at: dict[int, float] = {}  # index of a worker that has died to when another is started
+        self.started_at: dict[int, float] = {}  # index to when the present one was started
         self.lost: dict[int, int] = {}  # index to requests that died with earlier processes of that worker
         self.stopping = False
-        self.ending = False
-        self.killed = False  # workers that had not ended
+        self.ending = False  # stopping, and no longer waiting for requests in flight
         self.kill_at: float | None = None  # when workers that have not ended are killed
+        self.killed = False  # whether they were
         self.wake = (-1, -1)  # signals arrive here
 
     def run(self) -> int:
@@ -656,7 +656,8 @@ class Supervisor:
         lost = counts["begun"] - counts["complete"] - counts["reject"] - counts["abort"] - self.lost.get(index, 0)
         cells.set(CONNECTIONS, 0)
         then = "in the drain" if self.stopping else "and is started again"
-        pause_s = _RESTART_PAUSE_S if time.monotonic() - self.started_at[index] < 10 else 0.0
+        lived_s = time.monotonic() - self.started_at[index]
+        pause_s = _RESTART_PAUSE_S if lived_s < _RIGHT_AFTER_START_S else 0.0
         self.log.event(
             "error",
             "worker.exit",
