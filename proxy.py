@@ -7453,8 +7453,7 @@ class Record:
         if relay is None or relay.upstream is None:
             return f"nothing of it had reached upstream from {client}{' in the last attempt' if self.attempts else ''}"
         if abort.phase is Phase.TUNNEL:
-            there, back = counts["request_body"], counts["response_body"]
-            return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"
+            return _tunnelled(counts, client, upstream)
         if abort.phase is Phase.REQUEST_BODY:
             length = self.head.section.content_length if self.head is not None else None
             unread = _unacknowledged(self.upstream_evidence)
@@ -7489,15 +7488,17 @@ def left_in_flight(request: InFlight, cause: Cause, pid: int, how: str) -> dict[
     what = request_words(method, target)
     duration_s = time.monotonic() - request.first_at
     counts = {name: getattr(request, name) for name in _BYTE_COUNTS}
-    there = f"{counts['request_body']:,}" + _of(request.expected_request)
-    back = f"{counts['response_body']:,}" + _of(request.expected_response)
-    message = (
-        f"the proxy's worker process {pid} ended {how}, which ended {what} after {duration_s:.1f} s:"
-        f" {there} bytes of the request body had gone from client {request.client}"
-        f" to upstream {request.upstream or '(none yet)'}, {back} bytes of the response back"
-    )
+    client, upstream = f"client {request.client}", f"upstream {request.upstream or '(none yet)'}"
+    if request.phase is Phase.TUNNEL:
+        progress = _tunnelled(counts, client, upstream)  # what was announced is the body that asked for it
+    else:
+        there = f"{counts['request_body']:,}" + _of(request.expected_request)
+        back = f"{counts['response_body']:,}" + _of(request.expected_response)
+        progress = f"{there} bytes of the request body had gone from {client} to {upstream},"
+        progress += f" {back} bytes of the response back"
+    ended = f"the proxy's worker process {pid} ended {how}, which ended {what} after {duration_s:.1f} s"
     return {
-        "message": message,
+        "message": f"{ended}: {progress}",
         # Where it is not known nobody has been told of it either.
         "request_id": request.request_id or os.urandom(10).hex(),
         "connection_id": request.connection_id,
@@ -7547,6 +7548,12 @@ def request_words(method: str | None, target: str | None) -> str:
 def _of(length: int | None) -> str:
     """Returns: what follows a count of content whose announced length is known."""
     return f" of {length:,}" if length is not None else ""
+
+
+def _tunnelled(counts: dict[str, int], client: str, upstream: str) -> str:
+    """Returns: what had passed through a tunnel, each way."""
+    there, back = counts["request_body"], counts["response_body"]
+    return f"{there:,} bytes had passed from {client} to {upstream}, {back:,} bytes back"
 
 
 def _unacknowledged(evidence: dict[str, object] | None) -> str:

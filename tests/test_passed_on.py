@@ -174,6 +174,24 @@ def test_what_a_killed_worker_had_passed_on(kind: str) -> None:
         )
 
 
+def test_a_killed_worker_is_not_said_to_have_sent_more_than_was_announced() -> None:
+    """A docker exec announces two octets of options, and then asks for a tunnel."""
+    request = (
+        b"POST /exec/a/start HTTP/1.1\r\nHost: t\r\nConnection: Upgrade\r\nUpgrade: tcp\r\nContent-Length: 2\r\n\r\n{}"
+    )
+    with _scene("tunnel", request=request) as scene:
+        assert scene.upstream.read_exactly(2) == b"{}"
+        scene.key(b"some keys")
+        scene.line()
+        time.sleep(0.2)  # in which the worker comes to wait again
+        (worker,) = scene.proxy.worker_pids()
+        os.kill(worker, signal.SIGKILL)
+        record = scene.record()
+        assert (record["phase"], record["expected"]["request_body"]) == ("tunnel", 2)
+        names = f"client {record['client']} to upstream {record['upstream']}"
+        assert record["message"].endswith(f": 11 bytes had passed from {names}, 9 bytes back"), record["message"]
+
+
 @pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("who", ["client", "upstream"])
 def test_a_reset_behind_some_portions(who: str, kind: str) -> None:
