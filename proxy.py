@@ -9455,6 +9455,7 @@ class WorkerProcess:
             try:
                 fields = record.fields(None)
                 age_s = time.monotonic() - record.first_at
+                fields["duration_s"] = round(age_s, 6)  # and not up to the end of one direction of a tunnel
                 words = request_words(*record.method_and_target())
                 fields["message"] = f"{words} of client {record.about.client} runs for {age_s:.1f} s"
             except Exception as error:  # noqa: BLE001  # another thread changes what is read here; one line less, not a worker less

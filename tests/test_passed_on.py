@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import queue
+import re
 import signal
 import socket
 import struct
@@ -255,6 +256,23 @@ def test_each_side_of_a_tunnel_ends_in_its_turn() -> None:
         scene.client.end_write()
         assert scene.upstream.await_end() == "fin"
         assert scene.record()["bytes"]["request_body"] == 9
+
+
+def test_a_tunnel_with_one_end_is_as_old_as_it_is() -> None:
+    """A docker attach without standard input ends its side at once, and may go on for days."""
+    with _scene("tunnel") as scene:
+        began_at = time.monotonic()
+        scene.client.end_write()
+        assert scene.upstream.await_end() == "fin"
+        time.sleep(0.3)
+        shown = scene.proxy.wait_in_flight()
+        assert shown["duration_s"] > 0.3
+        assert shown["duration_s"] < time.monotonic() - began_at + 1
+        (said,) = re.findall(r"runs for ([0-9.]+) s", shown["message"])
+        assert abs(float(said) - shown["duration_s"]) <= 0.06
+        scene.upstream.end_write()
+        assert scene.client.await_end() == "fin"
+        assert scene.record()["event"] == "request.complete"
 
 
 def test_both_directions_at_once() -> None:
