@@ -433,6 +433,17 @@ def test_run_whose_output_is_read_late(through: Through, dockerd: Dockerd, box: 
     assert attach["bytes"]["response_body"] > 1_000_000
 
 
+@_EACH_WAY_ONCE
+def test_commands_that_succeed_and_leave(through: Through, containers: Containers) -> None:
+    """What the README names as everyday aborts, so that nobody looks for what is wrong."""
+    through.run("run", "-d", "--name", f"{containers.name}-0", "--network", "none", "box", "sleep", "600")
+    record = through.aborted("/wait", "client")
+    assert record["phase"] == "response_body"
+    through.run("stats", "--no-stream")
+    record = through.aborted("/events", "client")
+    assert record["phase"] == "response_body"
+
+
 @_EVERY_CLI
 @_EVERY_WAY
 def test_exec(through: Through, containers: Containers) -> None:
@@ -498,6 +509,26 @@ def test_wait(through: Through, containers: Containers) -> None:
         read_lines(waiting, lambda line: line == "6")
         assert waiting.wait(10) == 0
     through.complete("/wait")
+
+
+@_EVERY_CLI
+def test_limits_on_the_answers_of_docker(
+    cli: DockerCli, dockerd: Dockerd, certificates: Certificates, box: Image, containers: Containers
+) -> None:
+    """Which of docker's calls answer late, and which are silent in the middle of their answer: as the README says."""
+    name = containers.make("trap '' TERM; sleep 3")
+    with _through(_TCP, cli, dockerd, certificates, "--upstream-head-timeout", "1") as through:
+        through.run("wait", name)
+        stubborn = containers.make("trap '' TERM; while :; do sleep 1; done")
+        assert through.attempt("stop", "-t", "3", stubborn).returncode == 1
+        record = through.proxy.wait_for(_with_target("/stop"))
+        assert (record["phase"], record["limit"]["name"]) == ("response_head", "upstream_head_timeout")
+        through.expect_abort("/stop", "upstream", ("timeout",))
+    with _through(_TCP, cli, dockerd, certificates, "--upstream-read-timeout", "1") as through:
+        assert through.attempt("run", "--rm", "--network", "none", box.name, "sleep", "3").returncode == 125
+        record = through.proxy.wait_for(_with_target("/wait"))
+        assert (record["phase"], record["limit"]["name"]) == ("response_body", "upstream_read_timeout")
+        through.expect_abort("/wait", "upstream", ("timeout",))
 
 
 @_EVERY_CLI
