@@ -27,6 +27,7 @@ from .grammar import (
     TOKEN,
     MalformedMessage,
 )
+from .masking import mask_secrets
 
 # The fields whose values this proxy looks at; all others are relayed unread.
 _READ_FIELDS = frozenset(
@@ -156,6 +157,13 @@ class RequestHead:
     prepared: object = None  # belongs to ``fields``
     passed: bool = False  # belongs to ``exchange``: nothing in it keeps it from going on
     logged: tuple[str, str, str] | None = None  # belongs to ``record``: what the records of this head say alike
+    _masked: bytes | None = None
+
+    def masked_target(self) -> bytes:
+        """Returns: the target as it may be logged. Several lines tell it, and for a long one it takes milliseconds."""
+        if self._masked is None:
+            self._masked = mask_secrets(self.target)
+        return self._masked
 
 
 @dataclasses.dataclass(slots=True)

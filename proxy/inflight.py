@@ -14,7 +14,6 @@ import struct
 import threading
 
 from .head import MOST_REMEMBERED, RequestHead
-from .masking import mask_secrets
 from .vocabulary import Phase
 
 # A slot is a row of structures, each right behind the one before, and two texts.
@@ -133,7 +132,7 @@ class Slot:
         memory, at = self._memory, self._at
         name = upstream.encode("utf-8", "surrogateescape")
         words = b"%b%b" % (name, head.method[:_MOST_METHOD])
-        target = mask_secrets(head.target)
+        target = head.masked_target()
         room = _ROOM - _HEAD_TEXT_AT - len(words)
         if len(target) > room:
             kept = room - 32

@@ -211,7 +211,7 @@ class Record:
     def method_and_target(self) -> tuple[str | None, str | None]:
         """Returns: both as they are logged, None where the head never told."""
         if self.head is not None:
-            return printable(self.head.method), printable(mask_secrets(self.head.target))
+            return printable(self.head.method), printable(self.head.masked_target())
         if self.request_line is not None:
             method, target = self.request_line
             return printable(method), printable(mask_secrets(target)) if target is not None else None
@@ -578,7 +578,7 @@ def _say_alike(head: RequestHead) -> tuple[str, str, str] | None:
     if len(head.method) + len(head.target) > _LONG_TARGET:
         return None
     method = head.method.decode("ascii")  # a token: nothing in it needs escaping
-    target = mask_secrets(head.target).decode("ascii")
+    target = head.masked_target().decode("ascii")
     quoted = _quote(target)
     length = head.section.content_length
     expected = "null" if length is None else str(length)

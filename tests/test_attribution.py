@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -33,6 +34,7 @@ from peers import (
     silent,
     upgrade,
 )
+from proxy.head import SectionMemory, parse_request_head
 from proxy.masking import mask_secrets
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -950,6 +952,30 @@ def test_a_long_target_without_secrets_passes_at_once_as_it_is(part: bytes) -> N
     assert mask_secrets(target) == target
     # "@" lets the pattern for user information run as well, from where none of the parts may get to it.
     assert mask_secrets(b"/@" + target) == b"/@" + target
+
+
+@pytest.mark.parametrize("part", [*_PARTS, b"a&", b"a=&", b"://@", b"%3a//a@", b"/"])
+def test_parts_of_a_target_are_not_masked_one_by_one(part: bytes) -> None:
+    """Counted are the calls: one for each part would make 64 KiB of them a cheap request that is dear to serve."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    for target in (b"/x?" + part * (65_536 // len(part)), b"/@" + part * (65_536 // len(part))):
+        sys.setprofile(count)
+        try:
+            mask_secrets(target)
+        finally:
+            sys.setprofile(None)
+    assert 0 < calls < 100
+
+
+def test_a_target_is_masked_once_for_all_that_tell_it() -> None:
+    head = parse_request_head(b"GET /x?token=hunter2 HTTP/1.1\r\nHost: t\r\n\r\n", SectionMemory())
+    assert head.masked_target() == b"/x?token=***"
+    assert head.masked_target() is head.masked_target()
 
 
 @pytest.mark.parametrize(
