@@ -408,14 +408,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns: the exit status, when all workers have ended."""
-        wake_read, wake_write = self.wake = os.pipe()
-        os.set_blocking(wake_write, False)
-        os.set_blocking(wake_read, False)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in self._SIGNALS:
-            signal.signal(number, _ignore_here)
         began_at = time.monotonic()
         try:
+            self._hear_signals()
             self._start_all()
         except OSError as error:
             self._tell(_END)
@@ -436,7 +431,7 @@ class Supervisor:
         self._log_notes(configuration_notes(self.settings, os.environ))
         notify_systemd("READY=1")
         poller = select.poll()
-        poller.register(wake_read, select.POLLIN)
+        poller.register(self.wake[0], select.POLLIN)
         while self.pids or self.restart_at:
             now = time.monotonic()
             due = [*self.restart_at.values()] + ([self.kill_at] if self.kill_at is not None else [])
@@ -446,7 +441,7 @@ class Supervisor:
             ready = poller.poll(max(0, int(wait_s * 1000) + 1))
             self.log.tend()  # before anything is written
             if ready:
-                for said in _without_repeats(os.read(wake_read, 4096), self._STOP):
+                for said in _without_repeats(os.read(self.wake[0], 4096), self._STOP):
                     self._handle(said)
             self._reap()
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
@@ -462,6 +457,15 @@ class Supervisor:
                     del self.restart_at[index]
                     self._start_again(index)
         return self._report(began_at)
+
+    def _hear_signals(self) -> None:
+        """Let signals arrive at ``wake``. Raises: OSError where files run out."""
+        self.wake = os.pipe()
+        for fd in self.wake:
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(self.wake[1], warn_on_full_buffer=False)
+        for number in self._SIGNALS:
+            signal.signal(number, _ignore_here)
 
     def _log_notes(self, notes: list[str]) -> None:
         """Log what is worth a look in the configuration."""
@@ -748,6 +752,8 @@ def _log_file_error(settings: Settings, error: OSError) -> ConfigError:
     mend = "choose a path that can be written, or - for stderr"
     if error.errno == errno.EISDIR:
         mend = "name a file in it"
+    elif error.errno == errno.EMFILE:
+        mend = _MORE_ROOM
     elif error.errno == errno.ENXIO:
         mend = "a named pipe needs a reader first, and a socket is no file; start the reader, or choose another path"
     return ConfigError(f"log_file {settings.log_file!r} ({settings.sources['log_file']}): {error.strerror}; {mend}")

@@ -589,6 +589,27 @@ def test_serve_into_a_pipe_that_nobody_reads(program: Program) -> None:
     )
 
 
+@pytest.mark.parametrize("log_file", ["-", "log"])
+def test_serve_that_can_open_too_few_files_says_what_to_do(tmp_path: pathlib.Path, log_file: str) -> None:
+    program = Program("package", tmp_path)
+    options = ("--listen", "127.0.0.1:0", "--workers", "1", "--log-file", log_file)
+    for most in range(6, 10):
+        done = subprocess.run(
+            ["prlimit", f"--nofile={most}:{most}", sys.executable, *program.command, *options],
+            cwd=program.directory,
+            env=program.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
+        assert done.returncode == 2
+        assert re.fullmatch(
+            r"proxy: error: (listen|log_file|workers) \S+ \(flag\): .*Too many open files; allow more open files and"
+            r" processes \(ulimit -n and -u\), or set fewer --workers\n",
+            done.stderr,
+        )
+
+
 # -- demo ------------------------------------------------------------------------------------------------------------
 
 
