@@ -76,7 +76,7 @@ without them gets commands to type and no traceback.
 """
 
 
-# --- proxy/dependencies.py, line 14 ---
+# --- proxy/dependencies.py, line 15 ---
 
 # Module, then the name of its package for apt and for pip.
 DEPENDENCIES = (
@@ -84,6 +84,10 @@ DEPENDENCIES = (
     ("certifi", "python3-certifi", "certifi"),
     ("pythonjsonlogger", "python3-pythonjsonlogger", "python-json-logger"),
 )
+
+
+# What a running server is told by; until it hears them they would end it.
+ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def missing_dependencies() -> list[str]:
@@ -143,7 +147,11 @@ def print_line(text: str) -> None:
 
 
 def require_dependencies() -> None:
-    """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit."""
+    """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit.
+
+    ``ORDERS`` that come from now on wait until somebody unblocks them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
     open_standard_files()
     missing = missing_dependencies()
     if missing:
@@ -9581,13 +9589,14 @@ class Supervisor:
         return self._report(began_at)
 
     def _hear_signals(self) -> None:
-        """Let signals arrive at ``wake``. Raises: OSError where files run out."""
+        """Let signals arrive at ``wake``, those that came early, too. Raises: OSError where files run out."""
         self.wake = os.pipe()
         for fd in self.wake:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self.wake[1], warn_on_full_buffer=False)
         for number in self._SIGNALS:
             signal.signal(number, _ignore_here)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
 
     def _log_notes(self, notes: list[str]) -> None:
         """Log what is worth a look in the configuration."""
@@ -10247,7 +10256,7 @@ exit status 2, never a traceback.
 """
 
 
-# --- proxy/cli.py, line 26 ---
+# --- proxy/cli.py, line 27 ---
 
 COMMANDS = {
     "serve": "serve until told to stop; the default",
@@ -10284,6 +10293,8 @@ def _run_command(arguments: list[str]) -> int:
     command, options = "serve", arguments
     if arguments and not arguments[0].startswith("-"):
         command, *options = arguments
+    if command != "serve":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)  # serve does so when it can hear them
     match command:
         case "serve":
             return serve(load_settings(options, os.environ))

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import typing
@@ -17,7 +18,7 @@ import typing
 from . import __version__
 from .config import OPTIONS, ConfigError, Settings, UnixAddress, load_settings
 from .demo import end_in_order_on_signals, run_demo, show
-from .dependencies import DEPENDENCIES, open_standard_files, print_line
+from .dependencies import DEPENDENCIES, ORDERS, open_standard_files, print_line
 from .masking import mask_user
 from .notes import configuration_notes
 from .tls import read_contexts
@@ -58,6 +59,8 @@ def _run_command(arguments: list[str]) -> int:
     command, options = "serve", arguments
     if arguments and not arguments[0].startswith("-"):
         command, *options = arguments
+    if command != "serve":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ORDERS)  # serve does so when it can hear them
     match command:
         case "serve":
             return serve(load_settings(options, os.environ))

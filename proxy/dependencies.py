@@ -8,6 +8,7 @@ without them gets commands to type and no traceback.
 import importlib.util
 import io
 import os
+import signal
 import sys
 import sysconfig
 
@@ -17,6 +18,10 @@ DEPENDENCIES = (
     ("certifi", "python3-certifi", "certifi"),
     ("pythonjsonlogger", "python3-pythonjsonlogger", "python-json-logger"),
 )
+
+
+# What a running server is told by; until it hears them they would end it.
+ORDERS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def missing_dependencies() -> list[str]:
@@ -76,7 +81,11 @@ def print_line(text: str) -> None:
 
 
 def require_dependencies() -> None:
-    """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit."""
+    """End the process with status 2 and the mending commands if anything is missing. Raises: SystemExit.
+
+    ``ORDERS`` that come from now on wait until somebody unblocks them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, ORDERS)
     open_standard_files()
     missing = missing_dependencies()
     if missing:

@@ -459,13 +459,14 @@ class Supervisor:
         return self._report(began_at)
 
     def _hear_signals(self) -> None:
-        """Let signals arrive at ``wake``. Raises: OSError where files run out."""
+        """Let signals arrive at ``wake``, those that came early, too. Raises: OSError where files run out."""
         self.wake = os.pipe()
         for fd in self.wake:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self.wake[1], warn_on_full_buffer=False)
         for number in self._SIGNALS:
             signal.signal(number, _ignore_here)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._SIGNALS)
 
     def _log_notes(self, notes: list[str]) -> None:
         """Log what is worth a look in the configuration."""

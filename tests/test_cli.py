@@ -610,6 +610,54 @@ def test_serve_that_can_open_too_few_files_says_what_to_do(tmp_path: pathlib.Pat
         )
 
 
+@contextlib.contextmanager
+def _served_soon(program: Program) -> collections.abc.Iterator[tuple["subprocess.Popen[str]", typing.TextIO]]:
+    """Start the proxy. Yields it while it waits for its configuration, and where that is to be written."""
+    os.mkfifo(program.directory / "config")
+    with subprocess.Popen(
+        [sys.executable, *program.command, "--config", "config"],
+        cwd=program.directory,
+        env=program.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            with open(program.directory / "config", "w") as config:  # which waits until it is opened to be read
+                yield process, config
+        finally:
+            process.kill()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("number", "event"),
+    [(signal.SIGHUP, "server.reload"), (signal.SIGUSR1, "server.start"), (signal.SIGUSR2, "server.inflight")],
+)
+def test_an_order_that_comes_before_it_serves_is_obeyed_then(
+    program: Program, number: signal.Signals, event: str
+) -> None:
+    with _served_soon(program) as (process, config):
+        process.send_signal(number)
+        config.write('listen = "127.0.0.1:0"\nupstream = "http://127.0.0.1:1"\nworkers = 1\n')
+        config.close()
+        assert process.stderr is not None
+        events = (json.loads(line)["event"] for line in process.stderr)
+        assert event in events
+        process.terminate()
+        assert list(events)[-1] == "server.stop"
+        assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_stop_that_comes_before_it_serves_ends_it(program: Program, number: signal.Signals, status: int) -> None:
+    with _served_soon(program) as (process, _):
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == status
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 # -- demo ------------------------------------------------------------------------------------------------------------
 
 
