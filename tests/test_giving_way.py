@@ -93,6 +93,11 @@ def _serve(wire: Wire) -> None:
                 for _ in range(20):
                     wire.send(small)
                     time.sleep(0.001)  # each on its own
+        elif target == b"/late":
+            time.sleep(0.3)  # longer than a relay is in its beginning
+            wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % _SIZE)
+            time.sleep(0.002)  # on its own
+            wire.send(b"l" * _SIZE)
         elif target == b"/lines":
             wire.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             while True:
@@ -220,11 +225,13 @@ def test_downloads_do_not_give_way_to_each_other(tmp_path: pathlib.Path) -> None
         pytest.fail("they gave way, five times")
 
 
-def test_a_download_does_not_give_way_to_its_own_small_portions(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("target", ["/mixed", "/late"])
+def test_a_download_does_not_give_way_to_its_own_small_portions(target: str, tmp_path: pathlib.Path) -> None:
+    """Neither to those in the middle of it nor to those it begins with."""
     with _proxy(tmp_path) as (proxy, witness), connect(proxy.address) as wire:
         for _ in range(5):
             witness.forget()
-            _download(wire, "/mixed")
+            _download(wire, target)
             assert max(witness.seen("portion")) > _BESIDE_OTHERS
             if not witness.seen("pause"):
                 return
