@@ -17,6 +17,7 @@ import pytest
 import trustme
 
 import harness
+from proxy.log import EventLog
 
 _LEAK_PATIENCE_S = 2.0
 _LONG_AGO = datetime.datetime(2001, 1, 1, tzinfo=datetime.UTC)
@@ -168,3 +169,12 @@ def form(request: pytest.FixtureRequest) -> str:
     if name != "package":
         request.getfixturevalue("single_file" if name == "single_file" else "archive")
     return name
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.Iterator[EventLog]:
+    """A log in this process; what it shares with others has no end but that of the process."""
+    log = EventLog(str(tmp_path_factory.mktemp("log") / "log"), "info")
+    yield log
+    for fd in {log._file.fd, log._stderr.fd} - {2}:
+        os.close(fd)

@@ -16,7 +16,6 @@ import pathlib
 import random
 import re
 import select
-import socket
 import ssl
 import subprocess
 import threading
@@ -31,17 +30,13 @@ import harness
 import peers
 from conftest import Certificates
 from harness import TERMINAL, LogRecord, ProxyProcess, check_record, wait_until
+from in_process import serving
 from peers import Upstream, Wire, chunk, connect, ok
-from proxy.config import load_settings
-from proxy.exchange import ClientConnection, Worker
+from proxy.exchange import ClientConnection
 from proxy.framing import ChunkedFraming
 from proxy.grammar import MalformedMessage
-from proxy.inflight import InFlightTable
 from proxy.log import EventLog
-from proxy.record import Tally
-from proxy.relay import Bustle, Relay
-from proxy.upstream import upstream_pool
-from proxy.waiting import Control
+from proxy.relay import Relay
 
 # -- the witness ------------------------------------------------------------------------------------------------------
 
@@ -625,44 +620,14 @@ _LIMITS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.Iterator[EventLog]:
-    """A log in this process; what it shares with others has no end but that of the process."""
-    log = EventLog(str(tmp_path_factory.mktemp("log") / "log"), "info")
-    yield log
-    for fd in {log._file.fd, log._stderr.fd} - {2}:
-        os.close(fd)
-
-
 @contextlib.contextmanager
 def _served_here(log: EventLog, *options: str) -> collections.abc.Iterator[tuple[Wire, Upstream]]:
-    """Give a client whose connection is served in this process, by no server, and its upstream."""
-    with contextlib.ExitStack() as stack:
-        upstream = stack.enter_context(Upstream(peers.answer_all(FINE)))
-        settings = load_settings(["--upstream", upstream.url, *options], {})
-        reading, writing = os.pipe()
-        stack.callback(os.close, writing)
-        stack.callback(os.close, reading)
-        tally = Tally(memoryview(bytearray(8 * len(Tally.NAMES))).cast("Q"))
-        pool = upstream_pool(settings, None)
-        stack.callback(pool.close)
-        worker = Worker(
-            settings,
-            log,
-            tally,
-            Control(reading),
-            pool,
-            None,
-            InFlightTable(1, 1).slots(0),
-            Bustle(memoryview(bytearray(8)).cast("d"), 0),
-        )
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        wire = connect(listener.getsockname())
-        connection = ClientConnection(worker, listener.accept()[0], "127.0.0.1:1", "127.0.0.1", overflow=False)
-        thread = threading.Thread(target=connection.serve)
-        thread.start()
-        stack.callback(thread.join, 10)
-        stack.enter_context(wire)
+    """Give a client whose connection is served in this process, and its upstream."""
+    with (
+        Upstream(peers.answer_all(FINE)) as upstream,
+        serving(log, "--upstream", upstream.url, *options) as server,
+        server.client() as wire,
+    ):
         yield wire, upstream
 
 

@@ -18,19 +18,16 @@ import harness
 import peers
 from conftest import Certificates
 from harness import LogRecord, ProxyProcess, wait_until
+from in_process import make_worker
 from key_updates import KeyUpdates
 from peers import TlsWire, Upstream, Wire, answer_all, connect, ok
 from proxy import exchange
 from proxy.config import load_settings
 from proxy.endpoint import TlsEndpoint
-from proxy.exchange import ClientConnection, Worker
-from proxy.inflight import InFlightTable
+from proxy.exchange import ClientConnection
 from proxy.kernel import unread_bytes
 from proxy.log import EventLog
-from proxy.record import Tally
-from proxy.relay import Bustle
 from proxy.tls import read_contexts
-from proxy.upstream import upstream_pool
 from proxy.vocabulary import Side
 from proxy.waiting import Control
 
@@ -278,15 +275,6 @@ class _Ending:
         return time.monotonic() - began_at
 
 
-@pytest.fixture(scope="module")
-def log(tmp_path_factory: pytest.TempPathFactory) -> collections.abc.Iterator[EventLog]:
-    """A log in this process; what it shares with others has no end but that of the process."""
-    log = EventLog(str(tmp_path_factory.mktemp("log") / "log"), "info")
-    yield log
-    for fd in {log._file.fd, log._stderr.fd} - {2}:
-        os.close(fd)
-
-
 @contextlib.contextmanager
 def _ending(log: EventLog, certificates: Certificates, what: str, *options: str) -> collections.abc.Iterator[_Ending]:
     """Give a client for whom all of a response or a tunnel, but for close_notify, is in the proxy's socket."""
@@ -305,25 +293,7 @@ def _ending(log: EventLog, certificates: Certificates, what: str, *options: str)
         upstream = stack.enter_context(Upstream(script))
         listen = ("--listen", "unix:/nobody-listens")
         arguments = [*listen, "--upstream", upstream.url, "--tls-cert", certificates.server, *options]
-        settings = load_settings(arguments, {})
-        reading, writing = os.pipe()
-        stack.callback(os.close, writing)
-        stack.callback(os.close, reading)
-        control = Control(reading)
-        tally = Tally(memoryview(bytearray(8 * len(Tally.NAMES))).cast("Q"))
-        pool = upstream_pool(settings, None)
-        stack.callback(pool.close)
-        context = read_contexts(settings).server
-        worker = Worker(
-            settings,
-            log,
-            tally,
-            control,
-            pool,
-            context,
-            InFlightTable(1, 1).slots(0),
-            Bustle(memoryview(bytearray(8)).cast("d"), 0),
-        )
+        worker = stack.enter_context(make_worker(log, *arguments))
         accepted, theirs = socket.socketpair()
         wire = stack.enter_context(TlsWire(theirs, certificates.client_context(), server_side=False, name="localhost"))
         with pytest.MonkeyPatch.context() as patch:
@@ -340,7 +310,7 @@ def _ending(log: EventLog, certificates: Certificates, what: str, *options: str)
         if what == "tunnel":
             wire.end_write()  # or it would not be over for the proxy
         go.set()
-        ending = _Ending(wire, control, connection.client, thread)
+        ending = _Ending(wire, worker.control, connection.client, thread)
         wait_until(lambda: connection.client.unflushed, what="a close_notify that does not fit")
         yield ending
 
