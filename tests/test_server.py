@@ -16,7 +16,10 @@ import pytest
 import harness
 from conftest import Certificates
 from harness import ProxyProcess, wait_until
+from in_process import make_worker
 from peers import Upstream, Wire, answer_all, connect, ok
+from proxy.log import EventLog
+from proxy.server import ProxyServer
 
 
 @pytest.fixture
@@ -366,3 +369,22 @@ def test_a_lack_of_memory_outside_of_any_request_is_no_bug(tmp_path: pathlib.Pat
     assert (record["level"], record["side"], record["cause"]) == ("warning", "proxy", "resource")
     assert "out of memory" in record["message"]
     assert "bug" not in record["message"]
+
+
+def test_a_drain_serves_no_more_than_the_queue_holds(log: EventLog, upstream: Upstream) -> None:
+    """Where clients come faster than they are accepted it would have no end."""
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(make_worker(log, "--upstream", upstream.url))
+        listener = socket.create_server(("127.0.0.1", 0), backlog=16)
+        address = listener.getsockname()
+        server = ProxyServer(worker, listener, lambda: 0)
+        stack.callback(server.socket.close)
+        wires = [stack.enter_context(connect(address)) for _ in range(10)]
+        server.stop_accepting(3)  # a full queue has one more
+        for wire in wires[:4]:
+            assert ask(wire) == 200
+        for wire in wires[4:]:
+            assert wire.await_end() == "reset"
+        for wire in wires:
+            wire.close()
+        wait_until(server.has_ended)
