@@ -225,16 +225,17 @@ def check_linear(make: collections.abc.Callable[[int], collections.abc.Callable[
     """Assert that work of 16 times the size takes nothing like the 256 times as long of a quadratic algorithm.
 
     ``make(size)`` returns the work. CPU time of this thread alone is compared, and the best of several runs: a loaded
-    machine makes both sides slower, and can't make one of them look quadratic.
+    machine makes both sides slower, for some runs, and what is quadratic is so in all of them. (Most of the work is
+    done inside of ``re``, where nothing can be counted.)
     """
-    best = []
-    for count in (size, 16 * size):
-        work = make(count)
-        times = []
-        for _ in range(3):
+    works = make(size), make(16 * size)
+    best = [1 << 62, 1 << 62]
+    for run in range(12):
+        for which, work in enumerate(works):
             began = time.thread_time_ns()
             work()
-            times.append(time.thread_time_ns() - began)
-        best.append(min(times))
-    # Below 50 µs the clock and the call itself are what is measured.
-    assert best[1] < 64 * max(best[0], 50_000), f"{size}: {best[0]} ns, 16 times that: {best[1]} ns"
+            best[which] = min(best[which], time.thread_time_ns() - began)
+        # Below 50 µs the clock and the call itself are what is measured.
+        if run >= 2 and best[1] < 64 * max(best[0], 50_000):
+            return
+    raise AssertionError(f"{size}: {best[0]} ns, 16 times that: {best[1]} ns")

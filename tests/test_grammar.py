@@ -186,6 +186,12 @@ def test_linear_time(name: str) -> None:
     check_linear(lambda count: lambda: pattern.fullmatch(before + run * count + behind), 16384)
 
 
+def test_what_is_not_linear_is_found() -> None:
+    pattern = re.compile(b"a+b")
+    with pytest.raises(AssertionError, match="16 times that"):
+        check_linear(lambda count: lambda: pattern.search(b"a" * count), 512)
+
+
 def test_bound_of_chunk_line_leaves_room() -> None:
     assert CHUNK_LINE.fullmatch(b"1;" + b"a" * (MAX_CHUNK_LINE - 4)) is not None
 
