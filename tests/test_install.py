@@ -145,6 +145,31 @@ def test_without_a_python_that_will_do(checkout: Checkout) -> None:
     assert " does not run as a Python (Fatal Python error: " in broken.stderr
 
 
+def test_a_python_that_is_named_from_where_the_user_stands(checkout: Checkout) -> None:
+    """The script goes to the checkout, from where the name would lead nowhere."""
+    here = pathlib.Path(sys.executable).relative_to("/")
+    script = f'. "{checkout.root}/scripts/environment"; find_python; cd /proc; "$python" --version'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd="/",
+        env=os.environ | {"PYTHON": str(here)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_checkout_whose_path_has_a_colon_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    checkout = Checkout(tmp_path / "a:b")
+    done = checkout.run("--version")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"run: {checkout.root} has a colon, ")
+    assert done.stderr.endswith(f"; move the checkout, or start {checkout.root}/proxy.py\n")
+
+
 def test_what_lies_where_the_user_stands_is_not_taken_for_a_package(checkout: Checkout) -> None:
     """An empty part of PYTHONPATH is the current directory."""
     (checkout.elsewhere / "urllib3.py").write_text("raise SystemExit('not this one')\n")
