@@ -36,6 +36,8 @@ PACKAGES = {
     "util-linux": "/usr/bin/unshare",
 }
 _READY_WITHIN_S = 60.0
+# Sockets of dockerd and containerd stand below it, and a socket's path holds 107 octets.
+_LONGEST_TEMPORARY = 40
 
 # On a machine without systemd nobody has mounted control groups, and runc wants some. Done in the namespace's own
 # mounts, so that nothing stays behind.
@@ -69,6 +71,8 @@ def missing_parts() -> str | None:
         return f"missing Debian packages: {' '.join(absent)}"
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode != 0:
         return "this root may not make mount namespaces (CAP_SYS_ADMIN)"
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPORARY:
+        return f"no room for the paths of sockets below {tempfile.gettempdir()}; set TMPDIR=/tmp"
     return None
 
 

@@ -299,6 +299,15 @@ def test_a_missing_part_is_named_with_its_command(tmp_path: pathlib.Path) -> Non
     assert done.stderr == "demo: missing here: docker.io\n  apt install docker.io\n"
 
 
+@needs_docker
+def test_a_directory_for_temporary_files_that_is_too_deep_is_named(tmp_path: pathlib.Path) -> None:
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    done = _demo("hangup", env={"TMPDIR": str(deep)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"demo: no room for the paths of sockets below {deep}; set TMPDIR=/tmp\n"
+
+
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("deadline", "--with-go", "--without-go")])
 def test_bad_usage(arguments: tuple[str, ...]) -> None:
     done = _demo(*arguments)
