@@ -4555,8 +4555,8 @@ def read_contexts(settings: Settings) -> Contexts:
 
 
 def certificate_notes(settings: Settings) -> list[str]:
-    """Returns: what is allowed and still worth a look in the certificates that the proxy shows: their time, who may
-    read the key.
+    """Returns: what is allowed and still worth a look in the certificates that the proxy shows: their purpose, their
+    time, who may read the key.
     """
     notes = []
     for name, cert, key in (
@@ -4568,7 +4568,7 @@ def certificate_notes(settings: Settings) -> list[str]:
         path = key or cert
         # Both files were read a moment ago: where one of these two looks fails now, whoever renews them is at work.
         with contextlib.suppress(OSError):
-            problem = _time_problem(cert, key, of_client=name == "upstream_cert")
+            problem = _why_refused(cert, key, of_client=name == "upstream_cert")
             if problem is not None:
                 notes.append(f"{name} {cert!r}: {problem}; peers that check it will refuse it")
         with contextlib.suppress(OSError):
@@ -4577,12 +4577,11 @@ def certificate_notes(settings: Settings) -> list[str]:
     return notes
 
 
-def _time_problem(cert: str, key: str | None, *, of_client: bool) -> str | None:
-    """Look at a certificate as a peer that trusts it would, in a handshake inside memory.
+def _why_refused(cert: str, key: str | None, *, of_client: bool) -> str | None:
+    """Look at a certificate as a peer that trusts it would, in a handshake inside memory. ``of_client``: as a server
+    would.
 
-    ``of_client``: as a server would. The purpose is looked at before the time, and a client's certificate may be good
-    for nothing else.
-    Returns: what such a peer says if the certificate is not valid now, else None.
+    Returns: what such a peer says if the certificate is not for this purpose, or else not valid now; None if it is.
     """
     serves, asks = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     asks.check_hostname = False
@@ -4601,12 +4600,12 @@ def _time_problem(cert: str, key: str | None, *, of_client: bool) -> str | None:
         except ssl.SSLWantReadError:
             continue  # it is the other's turn
         except ssl.SSLCertVerificationError as error:
-            return error.verify_message if error.verify_code in (_NOT_YET_VALID, _EXPIRED) else None
+            return error.verify_message if error.verify_code in _REFUSALS else None
     return None
 
 
-# X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED
-_NOT_YET_VALID, _EXPIRED = 9, 10
+# X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED and X509_V_ERR_INVALID_PURPOSE
+_REFUSALS = (9, 10, 26)
 
 
 def _load_identity(

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -223,6 +224,18 @@ def test_a_certificate_that_is_not_valid_now_is_noted_whatever_it_is_good_for(
     assert notes(*upstream, f"--{option}", cert) == (
         [] if said is None else [f"{name} {cert!r}: {said}; peers that check it will refuse it"]
     )
+
+
+@pytest.mark.parametrize("days", [(-3, -2), (2, 3), (-3, 3)], ids=["expired", "not_yet", "good"])
+@pytest.mark.parametrize(("option", "purpose"), [("upstream-cert", "server"), ("tls-cert", "client")])
+def test_a_certificate_for_another_purpose_is_noted_whatever_its_time(
+    option: str, purpose: str, days: tuple[int, int], tmp_path: pathlib.Path
+) -> None:
+    cert = _identity(tmp_path / "cert.pem", purpose, *days)
+    (note,) = notes("--upstream", "https://localhost:1", "--upstream-ca", cert, f"--{option}", cert)
+    # OpenSSL 1.1 says unsupported, 3 unsuitable.
+    said = r"uns\w+ certificate purpose; peers that check it will refuse it"
+    assert re.fullmatch(f"{option.replace('-', '_')} {re.escape(repr(cert))}: {said}", note)
 
 
 def test_serve_logs_that_the_certificate_for_upstream_has_expired(tmp_path: pathlib.Path) -> None:
