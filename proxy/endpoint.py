@@ -314,6 +314,8 @@ class TlsEndpoint(Endpoint):
             except ssl.SSLZeroReturnError:
                 count = 0  # close_notify after we sent ours
             except ssl.SSLError as error:
+                with contextlib.suppress(OSError):  # as in the handshake
+                    self.flush()
                 if have:
                     self._failure = error  # asked once more, OpenSSL would speak of an end that there was not
                     break

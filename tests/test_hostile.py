@@ -614,8 +614,9 @@ def test_a_broken_record_behind_octets_of_the_client_is_no_end(
         connect(proxy.address, certificates.client_context()) as wire,
     ):
         send_with_broken_record(wire, octets)
-        with contextlib.suppress(ssl.SSLError):  # an alert may come
+        with pytest.raises(ssl.SSLError) as told:
             wire.await_end()
+        assert "BAD_RECORD_MAC" in str(told.value.reason)
         # It may be seen while upstream is being connected.
         check_broken(sole_record(proxy), "client", *((phase,) if phase == "request_head" else (phase, "connect")))
 
@@ -624,8 +625,12 @@ def test_a_broken_record_behind_octets_of_upstream_is_no_end(certificates: Certi
     def script(wire: Wire) -> None:
         wire.read_request()
         send_with_broken_record(wire, LONG + b"abc")
-        wire.await_end()
+        try:
+            wire.await_end()
+        except ssl.SSLError as error:
+            alerts.append(str(error.reason))
 
+    alerts: list[str] = []
     with (
         Upstream(script, "tls", tls=certificates.server_context()) as upstream,
         ProxyProcess(upstream.url, "--upstream-ca", certificates.ca) as proxy,
@@ -637,6 +642,8 @@ def test_a_broken_record_behind_octets_of_upstream_is_no_end(certificates: Certi
         check_broken(record, "upstream", "response_body")
     assert (response.body, response.whole) == (b"abc", False)
     assert record["bytes"]["response_body"] == 3
+    (alert,) = alerts
+    assert "BAD_RECORD_MAC" in alert
 
 
 # -- peers that wait --------------------------------------------------------------------------------------------------
