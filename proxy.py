@@ -6197,7 +6197,7 @@ class Relay:
             if self.upstream_head_watch is not None:
                 self.upstream_head_watch.wait(sent_at)
         if answer is None:
-            if sent_at is not None and isinstance(error, OSError):
+            if isinstance(error, OSError):  # of the read: that of a write was dealt with
                 raise self._upstream_failed(error)
         elif begun.response_head is not None:
             self._take_over_response(begun, begun.response_head, len(answer), now)
