@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import select
 import signal
 import socket
@@ -922,6 +923,57 @@ BY_UPSTREAM = [
 
 ROWS = [*COMPLETE, *REJECTED, *BY_CLIENT, *BY_UPSTREAM]
 
+_CLOSED = "{client} closed the connection"
+_AWAITED = "the request was sent and no response had reached {client}, {upstream} had answered"
+_UNACKNOWLEDGED = re.compile(r" \([0-9,]+ bytes unacknowledged\)")  # depends on when the peer's kernel sends its ACK
+_AFTER = re.compile(r" after [0-9]+\.[0-9] s")
+# What the message of a row says; compared over plain TCP.
+SENTENCES = {
+    "a FIN in the head": f"{_CLOSED} in the middle of the request head and ended GET / after T:"
+    " 28 bytes of the request head had come from {client}",
+    "a FIN after one byte": f"{_CLOSED} in the middle of the request head and ended a request after T:"
+    " 1 bytes of the request head had come from {client}",
+    "silence in the head": "client_head_timeout (0.2 s, set by flag) ended GET / after T:"
+    " 28 bytes of the request head had come from {client}",
+    "a FIN in the body": f"{_CLOSED} in the middle of the request body and ended POST / after T"
+    " (the request body was not whole): 3 of 10 bytes of the request body had gone to {upstream} from {client}",
+    "a reset in the body": "{client} reset the connection in the middle of the request body and ended POST / after T:"
+    " 3 of 10 bytes of the request body had gone to {upstream} from {client}",
+    "silence in a chunk": "client_read_timeout (0.2 s, set by flag) ended POST / after T:"
+    " 5 bytes of the request body had gone to {upstream} from {client}",
+    "a FIN while the answer is awaited": f"{_CLOSED} while the response was awaited and ended GET / after T:"
+    f" {_AWAITED} 0 bytes",
+    "a FIN in the response": f"{_CLOSED} in the middle of the response and ended GET / after T:"
+    " 4 of 1,000,000,000 bytes of the response had gone to {client}, {upstream} was still sending",
+    "a reset in a tunnel": "{client} reset the connection in the middle of the tunnel and ended GET / after T:"
+    " 5 bytes had passed from {client} to {upstream}, 5 bytes back",
+    "a silent tunnel": "tunnel_timeout (0.2 s, set by flag) ended GET / after T:"
+    " 5 bytes had passed from {client} to {upstream}, 5 bytes back",
+    "nobody listens": "upstream {url} could not be reached (refused: Connection refused), which ended GET / after T:"
+    " nothing of it had reached upstream from {client}",
+    "a connect without an answer": "upstream_connect_timeout (0.2 s, set by flag) ended GET / after T:"
+    " nothing of it had reached upstream from {client}",
+    "upstream ends in the request": "{upstream} closed the connection in the middle of the request body and ended POST /"
+    " after T: 5,000 of 10,000 bytes of the request body had gone to {upstream} from {client}",
+    "upstream closes without an answer": "{upstream} closed the connection while the response was awaited and ended POST /"
+    f" after T: {_AWAITED} 0 bytes",
+    "upstream closes in its head": "{upstream} closed the connection while the response was awaited and ended POST /"
+    f" after T (its response head was not whole): {_AWAITED} 25 bytes",
+    "an answer's head too large": "max_head_size (65,536, by default) ended GET / after T (the response head is too large):"
+    f" {_AWAITED} {{read}} bytes",
+    "an answer of another version": "{upstream} sent a response that is not valid HTTP/1.1:"
+    f" an HTTP version other than 1.0 and 1.1 (octet 0 near b'HTTP/2.0 200 OK'): {_AWAITED} 19 bytes",
+    "no chunk size": "{client} sent a request that is not valid HTTP/1.1: not a chunk size (octet 8 near b'zz\\r\\n'):"
+    " 0 bytes of the request body had gone to {upstream} from {client}",
+    "no answer": f"upstream_head_timeout (0.2 s, set by flag) ended GET / after T: {_AWAITED} 0 bytes",
+    "upstream closes in a length": "{upstream} closed the connection in the middle of the response and ended GET / after T:"
+    " 1,024 of 1,000,000,000 bytes of the response had gone to {client}",
+    "upstream resets in a chunk": "{upstream} reset the connection in the middle of the response and ended GET / after T:"
+    " 3 bytes of the response had gone to {client}",
+    "upstream falls silent in chunks": "upstream_read_timeout (0.2 s, set by flag) ended GET / after T:"
+    " 1,024 bytes of the response had gone to {client}",
+}  # fmt: skip
+
 
 def _cases() -> list[tuple[Row, tuple[str, str]]]:
     """Returns: each row over each transport, those with the same options side by side: they share a proxy."""
@@ -931,6 +983,7 @@ def _cases() -> list[tuple[Row, tuple[str, str]]]:
 def test_names_of_rows_are_unique() -> None:
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
+    assert SENTENCES.keys() <= set(names)
 
 
 @pytest.mark.parametrize(("row", "over"), _cases(), ids=[f"{row.name} [{over[0]}-{over[1]}]" for row, over in _cases()])
@@ -1009,6 +1062,8 @@ def _run(stage: Stage, proxy: harness.ProxyProcess, row: Row, over: tuple[str, s
         assert wire.end in row.client_end
     if row.event is not None:
         _check_fields(row, records[-1])
+        if over == PLAIN and row.name in SENTENCES:
+            _check_sentence(stage, row, records[-1])
         if row.records == 1:
             _check_counts(stage, row, records[-1], wire)
         _check_seen(row, records[-1], seen)
@@ -1045,6 +1100,14 @@ def _check_fields(row: Row, record: harness.LogRecord) -> None:
             assert limit["seconds"] <= limit["elapsed_s"] < limit["seconds"] + LATE_S
     if row.body is not None:
         assert (record["bytes"]["request_body"], record["bytes"]["response_body"]) == row.body
+
+
+def _check_sentence(stage: Stage, row: Row, record: harness.LogRecord) -> None:
+    said = _AFTER.sub(" after T", _UNACKNOWLEDGED.sub("", record["message"]))
+    url = stage.proxy.start_record["settings"]["upstream"]["value"]
+    read = f"{record['bytes']['upstream_read']:,}"
+    upstream, client = f"upstream {stage.upstream.name}", f"client {record['client']}"
+    assert said == SENTENCES[row.name].format(client=client, upstream=upstream, url=url, read=read)
 
 
 def _check_counts(stage: Stage, row: Row, record: harness.LogRecord, wire: Wire) -> None:
@@ -1346,8 +1409,22 @@ def test_a_handshake_that_fails_is_a_connection_and_no_request(certificates: Cer
         "tls_handshake",
         "handshake",
     )
-    causes = {"plain": ("tls", "protocol"), "closed": ("closed", "tls"), "silent": ("timeout",), "reset": ("reset",)}
-    assert record["cause"] in causes.get(what, ("tls",))
+    cause, exception = {
+        "plain": ("protocol", None),
+        "closed": ("closed", "SSLEOFError"),
+        "silent": ("timeout", None),
+        "reset": ("reset", "ConnectionResetError"),
+        "untrusting": ("tls", "SSLError"),
+    }[what]
+    assert record["cause"] == cause
+    assert (record["exception"] or {}).get("class") == exception
+    said = {
+        "plain": "plain text on a TLS port, beginning with b'GET / HT'",
+        "silent": "client_head_timeout (0.2 s, set by flag)",
+    }
+    why = said.get(what) or record["exception"]["text"]
+    assert record["message"].startswith(f"TLS handshake with client {record['client']} failed after ")
+    assert record["message"].endswith(f" s ({cause}): {why}")
     assert stop["requests"]["begun"] == 0
 
 
@@ -1389,6 +1466,39 @@ def test_plain_http_on_a_tls_port_is_said_though_the_client_has_left(certificate
         harness.wait_until(lambda: len(proxy.records()) >= 21)
         ended = [record for record in proxy.records() if record["event"] == "connection.abort"]
         assert {(record["cause"], record["operation"]) for record in ended} == {("protocol", "handshake")}
+
+
+def test_a_refusal_says_what_was_too_much_or_is_not_served() -> None:
+    too_long = b"GET /" + b"a" * 2000 + b" HTTP/1.1\r\nHost: t\r\n\r\n"
+    sentences = {
+        b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n": "CONNECT a:443 of {client} was refused"
+        " (this is a reverse proxy and opens no tunnels); nothing of it went upstream",
+        get(
+            "*", "Max-Forwards: 0\r\n", "OPTIONS"
+        ): "OPTIONS * of {client} was refused (Max-Forwards is 0, so it ends here,"
+        " and the proxy has no resources of its own); nothing of it went upstream",
+        post(b"", length=5000): "max_body_size (1,000, set by flag) ended POST / after {time} s"
+        " (the announced body has 5,000 bytes); nothing of it went upstream",
+        post_chunked(bytes(600), bytes(600)): "max_body_size (1,000, set by flag) ended POST / after {time} s"
+        " (the body is larger than 1,000 bytes): 0 bytes of the request body had gone to {upstream} from {client}",
+        too_long: f"max_head_size (1,024, set by flag) ended GET /{'a' * 295}... after {{time}} s"
+        " (the request line is larger); nothing of it went upstream",
+        get(extra="X: %s\r\n" % ("y" * 2000)): "max_head_size (1,024, set by flag) ended GET / after {time} s"
+        " (the request head is larger); nothing of it went upstream",
+    }
+    bounds = ("--max-body-size", "1000", "--max-head-size", "1024")
+    with Upstream(peers.silent) as upstream, harness.ProxyProcess(upstream.url, *bounds) as proxy:
+        for octets, sentence in sentences.items():
+            with peers.connect(proxy.address) as wire:
+                wire.send(octets)
+                response = wire.read_response()
+            told = json.loads(response.body)["message"]
+            assert (response.get("Allow") is not None) is (response.status == 405)  # RFC 9110 §15.5.6
+            record = proxy.next_request()
+            time_s = record["message"].partition(" after ")[2].partition(" s")[0]
+            who = {"client": f"client {record['client']}", "upstream": f"upstream {upstream.name}", "time": time_s}
+            assert record["message"] == sentence.format(**who)
+            assert told == f"{record['message']} (request id {record['request_id']})"
 
 
 def test_the_two_sides_are_the_sockets_that_were_used(stage: Stage) -> None:
