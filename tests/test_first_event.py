@@ -454,6 +454,7 @@ def test_a_verdict_that_comes_behind_the_last_octet_names_its_limit() -> None:
         record = proxy.next_request()
         check_record(record)
     assert (record["side"], record["phase"], record["cause"]) == ("client", "response_body", "dead_peer")
+    assert record["operation"] == "write"
     assert record["limit"]["name"] == "tcp_user_timeout"
     assert record["limit"]["source"] == "flag"
     assert record["bytes"]["response_body"] == 300_000
@@ -545,6 +546,7 @@ def test_who_closes_a_unix_socket_has_left_though_it_might_have_ended_one_side(k
         check_record(record)
         phase = {"tunnel": "tunnel", "allow": "response_head"}[kind]
         assert (record["side"], record["phase"], record["cause"]) == ("client", phase, "closed")
+        assert record["operation"] == "read"
 
 
 def test_who_ends_one_side_of_a_unix_socket_is_still_answered() -> None:

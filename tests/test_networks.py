@@ -90,6 +90,8 @@ def _check_dead(record: harness.LogRecord, side: str) -> None:
     if record["exception"] is None:  # else the kernel gave it up first
         assert limit["name"] == "peer_dead_timeout"
         assert DEAD_S <= limit["elapsed_s"] < DEAD_S + 2.0
+        # What it owes is an answer to what was sent.
+        assert record["operation"] == ("handshake" if record["phase"] == "tls_handshake" else "write")
     else:
         assert record["exception"]["errno"] == "ETIMEDOUT"
     assert _verdict(record, side) == "dead"

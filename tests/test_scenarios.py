@@ -317,6 +317,13 @@ def expect_continue(body: bytes) -> ClientScript:
     return script
 
 
+def silent_behind_continue(wire: Wire, stage: Stage) -> Seen:
+    """Wait for 100, and then say nothing more."""
+    wire.send(post(b"", extra="Expect: 100-continue\r\n", length=10))
+    assert wire.read_response().status == 100
+    return _finish(wire)
+
+
 def interim_then_final(octets: bytes) -> ClientScript:
     """Read an interim response and the final one."""
 
@@ -583,7 +590,15 @@ def say(octets: bytes) -> peers.Script:
 T = str(LIMIT_S)
 abort = functools.partial(Row, event="abort")
 reject = functools.partial(
-    Row, upstream=unused, event="reject", side="client", phase="request_head", reached=False, whole=True, body=(0, 0)
+    Row,
+    upstream=unused,
+    event="reject",
+    side="client",
+    phase="request_head",
+    operation="read",
+    reached=False,
+    whole=True,
+    body=(0, 0),
 )
 
 COMPLETE = [
@@ -694,6 +709,7 @@ REJECTED = [
     reject("two hosts", request(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), status=400, cause="protocol"),
     reject("noise", request(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"), status=400, cause="protocol"),
     reject("CONNECT", request(b"CONNECT a:443 HTTP/1.1\r\nHost: a:443\r\n\r\n"), status=405, cause="forbidden"),
+    reject("a request for the next hop alone", request(get("*", "Max-Forwards: 0\r\n", "OPTIONS")), status=405, cause="forbidden"),
     reject("an unknown coding", request(b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: zip, chunked\r\n\r\n0\r\n\r\n"),
            status=501, cause="protocol"),
     reject("an HTTP/2 preface", request(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), status=505, cause="protocol"),
@@ -732,6 +748,8 @@ BY_CLIENT = [
                 cause="timeout", status=408, limit="client_head_timeout", whole=True),
     client_head("a deadline in the head", drip_until_end(b"GET / HTTP/1.1\r\nX: ", b"y", 0.03), options=("--client-read-deadline", T),
                 cause="deadline", status=408, limit="client_read_deadline", whole=True),
+    client_head("a deadline in a head without a timeout", stop_sending(get()[:-2]), options=("--client-head-timeout", "none",
+                "--client-read-deadline", T), cause="deadline", status=408, limit="client_read_deadline", whole=True, over=(PLAIN,)),
     client_head("a FIN without close_notify in the head", leave(get()[:-2], "cut"), cause="tls", over=(TLS_CLIENT,)),
     client_body("a FIN in the body", leave(post(b"abc", length=10), "fin", "seen"), peers.silent, cause="closed", exact=("client_read",)),
     client_body("a FIN in a chunk", leave(post_chunked(b"abc", end=b"5\r\nab"), "fin", "seen"), peers.silent, cause="closed",
@@ -746,6 +764,8 @@ BY_CLIENT = [
                 cause="timeout", status=408, limit="client_read_timeout", whole=True, exact=("client_read",), body=(3, 0)),
     client_body("silence in a chunk", stop_sending(post_chunked(b"abc", end=b"5\r\nab")), peers.silent, ("--client-read-timeout", T),
                 cause="timeout", status=408, limit="client_read_timeout", whole=True, exact=("client_read",), body=(5, 0)),
+    client_body("silence behind a 100", silent_behind_continue, continue_late(0.0, ok()), ("--client-read-timeout", T),
+                cause="timeout", status=408, limit="client_read_timeout", whole=True, exact=("client_read",), body=(0, 0)),
     client_body("a deadline in the body", drip_until_end(post(b"", length=100_000), b"y", 0.03), peers.silent,
                 ("--client-read-deadline", T), cause="deadline", status=408, limit="client_read_deadline", whole=True),
     client_body("a deadline while the client waits for a 100 that never comes, and no timeout", expect_continue(BODY), peers.silent,
@@ -778,15 +798,18 @@ BY_CLIENT = [
           cause="reset", status=200, over=RESETS, within_s=2.0),
     abort("a FIN without close_notify in the response", leave(get(), "cut", "body"), peers.answer_and_wait(LONG + b"abcd"),
           side="client", phase="response_body", cause="tls", status=200, over=(TLS_CLIENT,), body=(0, 4), within_s=2.0),
-    abort("a FIN while upstream is connected", leave(get(), "fin"), unused, side="client", phase="connect", cause="closed",
-          url=full_url, reached=False, over=(PLAIN, TLS_CLIENT), within_s=2.0),
+    abort("a FIN while upstream is connected", leave(get(), "fin"), unused, side="client", phase="connect", operation="read",
+          cause="closed", url=full_url, reached=False, over=(PLAIN, TLS_CLIENT), within_s=2.0),
     abort("a FIN without close_notify while upstream is connected", leave(get(), "cut"), unused, side="client", phase="connect",
           cause="tls", url=full_url, reached=False, over=(TLS_CLIENT,), within_s=2.0),
-    abort("a reset while upstream is connected", leave(get(), "reset"), unused, side="client", phase="connect", cause="reset",
-          status=None, url=full_url, reached=False, over=(PLAIN,), within_s=2.0),
+    abort("a reset while upstream is connected", leave(get(), "reset"), unused, side="client", phase="connect", operation="read",
+          cause="reset", status=None, url=full_url, reached=False, over=(PLAIN,), within_s=2.0),
     abort("a deadline while upstream is connected", request(get()), unused, ("--client-write-deadline", T), side="client",
           phase="connect", cause="deadline", limit="client_write_deadline", status=504, whole=True, url=full_url, reached=False,
           over=(PLAIN, TLS_CLIENT)),
+    client_body("a deadline in the body while upstream is connected", request(post(b"abc", length=10)), unused,
+                ("--client-read-deadline", T), cause="deadline", status=408, limit="client_read_deadline", whole=True, url=full_url,
+                reached=False, over=(PLAIN, TLS_CLIENT), exact=("client_read",), body=(0, 0)),
     abort("a reader that stops in interim answers", stop_reading(get()), peers.flood(b"", b"HTTP/1.1 103 \r\nX: %s\r\n\r\n" % (b"y" * 2000)),
           ("--client-write-timeout", T), side="client", phase="response_head", operation="write", cause="timeout",
           limit="client_write_timeout", status=None, receive_buffer=8192, within_s=20.0),
@@ -822,9 +845,12 @@ in_body = functools.partial(abort, side="upstream", phase="response_body", opera
 BY_UPSTREAM = [
     at_connect("nobody listens", phase="connect", operation="connect", cause="refused", status=502, over=(PLAIN, TLS_CLIENT),
                url=refused_url, error_type="connection_refused"),
+    at_connect("nobody listens for what is no chunk", client=request(post_chunked(b"abc", end=b"zz\r\n")), phase="connect",
+               operation="connect", cause="refused", status=502, over=(PLAIN, TLS_CLIENT), url=refused_url, exact=("client_read",)),
     at_connect("a unix socket is missing", phase="connect", operation="connect", cause="unreachable", status=502, over=(PLAIN,),
+               error_type="destination_unavailable",
                url=functools.partial(fixed_url, "unix:///nonexistent/docker.sock")),
-    at_connect("a name without an address", phase="connect", cause="dns", status=502, over=(PLAIN,), within_s=15.0,
+    at_connect("a name without an address", phase="connect", operation="connect", cause="dns", status=502, over=(PLAIN,), within_s=15.0,
                url=functools.partial(fixed_url, "http://nowhere.invalid:80"), error_type="dns_error"),
     at_connect("a connect without an answer", phase="connect", operation="connect", cause="timeout", status=504,
                options=("--upstream-connect-timeout", T), limit="upstream_connect_timeout", over=(PLAIN, TLS_CLIENT), url=full_url,
@@ -874,8 +900,14 @@ BY_UPSTREAM = [
     at_head("a space before the colon in an answer", request(get()), answer_and_close(b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n"),
             cause="protocol"),
     at_head("an answer with two lengths", request(get()),
-            answer_and_close(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"), cause="protocol"),
+            answer_and_close(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab"), cause="protocol",
+            exact=("upstream_read",)),
     at_head("an answer of another version", request(get()), answer_and_close(b"HTTP/2.0 200 OK\r\n\r\n"), cause="protocol"),
+    at_head("a switch of protocols that nobody asked for", request(get()), answer_and_close(SWITCHED), cause="protocol", over=(PLAIN,)),
+    at_head("a switch to a protocol that was not offered", request(get(extra=UPGRADE)), answer_and_close(SWITCHED.replace(b"tcp", b"h2c")),
+            cause="protocol", over=(PLAIN,)),
+    at_head("a switch to no protocol", request(get(extra=UPGRADE)), answer_and_close(b"HTTP/1.1 101 S\r\n\r\n"), cause="protocol",
+            over=(PLAIN,)),
     at_head("an answer's head too large", request(get()),
             answer_and_close(b"HTTP/1.1 200 OK\r\n" + b"X: %s\r\n" % (b"y" * 1000) * 90 + b"\r\n"), cause="limit", limit="max_head_size"),
     at_head("no answer", request(get()), peers.silent, ("--upstream-head-timeout", T), cause="timeout", status=504,
@@ -1130,6 +1162,8 @@ def _check_counts(stage: Stage, row: Row, record: harness.LogRecord, wire: Wire)
             exact |= {"client_read", "upstream_written"}
     if "one empty line" in row.name:
         saw["client_read"] -= 2  # begins nothing, and so belongs to no request
+    if row.name == "an answer's head too large":
+        assert counts["upstream_read"] > 65536
     for name, count in saw.items():
         if name in exact:
             assert counts[name] == count, f"{name} is {counts[name]}, and {count} passed"
@@ -1282,7 +1316,7 @@ def test_shutdown_ends_what_is_left_in_any_phase(phase: str, sent: bytes, upstre
         (record,) = proxy.requests()
     harness.check_record(record)
     assert (record["event"], record["side"], record["phase"]) == ("request.abort", "proxy", phase)
-    assert record["cause"] == "shutdown"
+    assert (record["cause"], record["operation"]) == ("shutdown", None)
 
 
 @pytest.mark.parametrize("over", [PLAIN, TLS_CLIENT], ids="-".join)
