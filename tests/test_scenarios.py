@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import ssl
+import threading
 import time
 import typing
 
@@ -1281,6 +1282,42 @@ def test_a_request_that_is_not_idempotent_is_never_repeated(stage: Stage) -> Non
     harness.check_record(record)
     assert (record["event"], record["side"]) == ("request.abort", "upstream")
     assert record["cause"] in ("closed", "reset")
+    assert len(upstream.wires) == 1
+    upstream.forget()
+
+
+def test_a_body_that_was_read_bit_by_bit_is_never_sent_again(stage: Stage) -> None:
+    """However idempotent the request is: what came behind its head is gone."""
+    asked = threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_request()
+        wire.send(ok(b"first"))
+        wire.read_head()
+        wire.read_exactly(3)
+        asked.set()
+        wire.read_exactly(3)
+        wire.close()
+
+    upstream = stage.upstreams["tcp"]
+    upstream.script = script
+    proxy = stage.use(upstream.url, "plain", ())
+    before = len(proxy.requests())
+    with peers.connect(proxy.address) as wire:
+        wire.get("/1")
+        assert wire.read_response().body == b"first"
+        wire.send(b"PUT /2 HTTP/1.1\r\nHost: test\r\nContent-Length: 6\r\n\r\nabc")
+        assert asked.wait(10)
+        wire.send(b"def")
+        assert wire.read_response().status == 502
+    record = proxy.wait_requests(before + 2)[-1]
+    harness.check_record(record)
+    assert (record["event"], record["side"], record["phase"]) == ("request.abort", "upstream", "response_head")
+    assert record["bytes"]["request_body"] == 6
+    assert "attempts" not in record
+    if record["duration_s"] < 1.0:  # later it was not as idle that upstream has ended it
+        assert "; not sent again, as its body can't be read again)" in record["message"]
+    upstream.settle()
     assert len(upstream.wires) == 1
     upstream.forget()
 
