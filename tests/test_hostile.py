@@ -746,6 +746,39 @@ def test_a_last_chunk_without_its_end_is_not_passed_on(last: bytes) -> None:
         assert record["bytes"]["client_written"] == len(octets)
 
 
+@pytest.mark.parametrize("begins", ["with the head", "behind a chunk"])
+def test_a_request_that_is_cut_in_a_chunk_line_or_a_trailer_does_not_look_whole(begins: str) -> None:
+    """Some recipients take a part of either for the end of the message."""
+    parts = (b"0", b"0\r", b"0\r\n", b"000;x", b"0\r\nX", b"0\r\nX: y\r\n", b"0\r\nX: y\r\n\r", b"5", b"5;x=y\r")
+    head = b"POST / HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+    before = b"" if begins == "with the head" else chunk(b"abc")
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        assert wire.read_exactly(len(before)) == before
+        got.set()
+        seen.append(wire.read_to_end())
+
+    got, seen = threading.Event(), list[bytes]()
+    with Upstream(script) as upstream, ProxyProcess(upstream.url) as proxy:
+        for part in parts:
+            with connect(proxy.address) as wire:
+                if before:
+                    wire.send(head + before)
+                    assert got.wait(10)
+                    wire.send(part)
+                else:
+                    wire.send(head + part)
+                    assert got.wait(10)
+                proxy.wait_in_flight(lambda request: request["bytes"]["client_read"] == wire.sent.count)
+            record = proxy.next_request()
+            assert (record["side"], record["phase"], record["cause"]) == ("client", "request_body", "closed")
+            assert record["bytes"]["request_body"] == (3 if before else 0)
+            upstream.settle()
+            got.clear()
+        assert seen == [b""] * len(parts)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 1000])
 def test_chunks_and_trailers_in_pieces_arrive_as_they_were_sent(size: int) -> None:
     message = b"".join(chunk(bytes([65 + i]) * (i * 7)) for i in range(1, 20)) + b"000;x=y\r\nX: y\r\nZ:\r\n\r\n"
