@@ -181,6 +181,46 @@ def test_a_tls_client_that_leaves_in_the_middle_of_what_upstream_does_not_take(c
         assert (record["side"], record["phase"], record["cause"]) == ("client", "request_body", "reset")
 
 
+@pytest.mark.parametrize("cause", ["tls", "closed"])
+def test_how_a_tls_client_ends_in_the_middle_of_what_upstream_does_not_take(
+    cause: str, certificates: Certificates
+) -> None:
+    """Whether it said so is known behind the octets that nobody takes, which are counted all the same."""
+    over = threading.Event()
+
+    def script(wire: Wire) -> None:
+        wire.read_head()
+        assert over.wait(20)  # deaf
+
+    with (
+        Upstream(script, "unix") as upstream,  # which takes little before it is full
+        ProxyProcess(upstream.url, "--tls-cert", certificates.server) as proxy,
+    ):
+        with connect(proxy.address, certificates.client_context()) as wire:
+            wire.send(b"POST / HTTP/1.1\r\nHost: t\r\nContent-Length: 100000000\r\n\r\n")
+            # As much as the proxy reads, and a portion that stays in its socket.
+            while proxy.wait_in_flight()["bytes"]["client_read"] == wire.sent.count:
+                wire.send(bytes(65_536))
+                _settle_read(proxy, wire.sent.count)
+            if cause == "closed":
+                wire.end_write()
+            wire.cut_write()
+            try:
+                record = _record(proxy)
+            finally:
+                over.set()
+        assert (record["side"], record["phase"], record["operation"]) == ("client", "request_body", "read")
+        assert record["cause"] == cause
+        assert record["bytes"]["client_read"] == wire.sent.count
+
+
+def _settle_read(proxy: ProxyProcess, count: int) -> None:
+    """Wait until the proxy has read so much from a client, or for so long that it seems to wait for upstream."""
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until and proxy.wait_in_flight()["bytes"]["client_read"] < count:
+        time.sleep(0.01)
+
+
 def test_an_upstream_that_stops_reading_and_then_resets_was_alive(certificates: Certificates) -> None:
     """As one that is killed while its buffer is full: a reset answers none of the probes of its closed window."""
 
