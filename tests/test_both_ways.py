@@ -558,6 +558,25 @@ def test_a_tunnel_whose_octets_the_reader_takes_slowly_is_not_idle(certificates:
         assert record["bytes"]["response_body"] == size
 
 
+def test_no_limit_of_an_exchange_runs_in_a_tunnel() -> None:
+    names = ("client-read", "client-write", "upstream-write", "upstream-read")
+    limits = [f"--{name}-{kind}=1" for name in names for kind in ("timeout", "deadline")]
+    with (
+        Upstream(peers.upgrade(SWITCHED)) as upstream,
+        ProxyProcess(upstream.url, *limits, "--upstream-head-timeout=1", "--client-head-timeout=1") as proxy,
+        connect(proxy.address) as wire,
+    ):
+        wire.send(UPGRADE)
+        wire.read_head()
+        for octets in (b"at once", b"late"):
+            wire.send(octets)
+            assert wire.read_exactly(len(octets)) == octets
+            time.sleep(1.3)
+        wire.end_write()
+        assert wire.read_to_end() == b""
+        assert _record(proxy)["event"] == "request.complete"
+
+
 def test_a_request_that_was_whole_does_not_run_into_its_read_deadline() -> None:
     with (
         peers.full_listener() as port,
