@@ -136,6 +136,23 @@ def test_the_record_of_a_reader_that_stops_counts_content_alone(seed: int) -> No
     assert record["bytes"]["upstream_read"] - len(HEAD) > written
 
 
+def test_the_record_of_a_reader_of_http_1_0_that_stops_counts_what_it_took() -> None:
+    """It gets no chunks: all that its socket took behind the head is content."""
+    octets = body(random.Random(0), 30_000_000)
+    with (
+        Upstream(peers.answer(HEAD + octets)) as upstream,
+        ProxyProcess(upstream.url, "--client-write-timeout", "0.5s") as proxy,
+        connect(proxy.address, receive_buffer=BUFFER) as wire,
+    ):
+        wire.send(b"GET / HTTP/1.0\r\n\r\n")
+        head = wire.read_head()
+        record = sole_record(proxy)
+    assert (record["side"], record["cause"]) == ("client", "timeout")
+    written = record["bytes"]["client_written"] - len(head)
+    assert 0 < written < content_of(HEAD + octets)
+    assert record["bytes"]["response_body"] == written
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_record_of_an_upstream_that_stops_reading_counts_content_alone(seed: int) -> None:
     choose = random.Random(seed)
