@@ -99,6 +99,28 @@ def test_what_no_longer_fits_is_said_to_be_unread(certificates: Certificates) ->
         assert not ours.has_unread
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_end_of_what_we_write_takes_nothing_of_what_was_not_read(certificates: Certificates, ended: bool) -> None:
+    with pair(certificates) as (ours, peer):
+        sent = bytes(range(250)) * 100  # two records
+        peer.sendall(sent)
+        if ended:
+            peer.setblocking(False)
+            with pytest.raises(ssl.SSLWantReadError):  # close_notify is out, and is not answered yet
+                peer.unwrap()
+        await_unread(ours, len(sent) + 2 * OVERHEAD + (2 + OVERHEAD if ended else 0))
+        view = memoryview(bytearray(len(sent)))
+        assert read_when_ready(ours, view[:600]) == 600
+        ours.end_write()
+        assert ours.has_unread
+        assert ours.read_into(view[600:], 0, NO_WAIT) == len(sent) - 600
+        assert bytes(view) == sent
+        if ended:
+            assert ours.read_into(view, 0, NO_WAIT) == 0
+        else:
+            assert peer.recv(1) == b""  # close_notify is out
+
+
 @pytest.mark.parametrize("reads", [1, 2, 3])
 def test_a_reset_behind_octets_is_met_once_they_are_taken(
     certificates: Certificates, monkeypatch: pytest.MonkeyPatch, reads: int
