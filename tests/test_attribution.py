@@ -254,6 +254,10 @@ def test_an_upstream_that_stops_reading_and_never_answers_is_given_up() -> None:
         assert record["limit"]["name"] == "upstream_head_timeout"
         assert LIMIT_S <= record["limit"]["elapsed_s"] < 3.0
         assert [event["what"] for event in record["events"]] == ["stopped_reading"]
+        assert record["message"].endswith(
+            f": upstream had stopped reading the request and no response had reached client {record['client']},"
+            f" upstream {upstream.name} had answered 0 bytes"
+        )
         _check_counts(record, client_read=len(_post(100_000)) + 2000, client_written=wire.received.count)
 
 
