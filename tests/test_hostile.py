@@ -23,6 +23,7 @@ from peers import PeerGone, Script, TlsWire, Upstream, Wire, answer, answer_all,
 from proxy.aborts import Abort
 from proxy.config import load_settings
 from proxy.framing import ChunkedFraming
+from proxy.relay import PipeStore
 from proxy.upstream import upstream_pool
 from proxy.vocabulary import Cause, Phase, Side
 
@@ -817,6 +818,43 @@ def test_a_refused_head_request_gets_no_body(octets: bytes) -> None:
         assert head.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 501 "))
         assert body == b""
         assert sole_record(proxy)["event"] == "request.reject"
+
+
+def test_what_a_broken_transfer_leaves_is_no_part_of_the_next() -> None:
+    """Octets that went into a pipe and not out of it any more."""
+    much, more = ok(b"a" * 8_000_000), os.urandom(4_000_000)
+
+    def script(wire: Wire) -> None:
+        wire.send(ok(more) if wire.read_head().startswith(b"GET /more") else much)
+        wire.await_end()
+
+    with served(script) as (_, proxy, wire):
+        with connect(proxy.address, receive_buffer=8192) as paused:
+            paused.send(get("/much"))
+            paused.read_head()
+            head = len(much) - 8_000_000
+            proxy.wait_in_flight(
+                lambda request: request["bytes"]["upstream_read"] - head > request["bytes"]["response_body"] > 0
+            )
+            paused.reset()
+        proxy.wait_requests(1)
+        wire.send(get("/more"))
+        assert wire.read_response().body == more
+
+
+def test_no_more_empty_pipes_are_kept_than_are_worth_it() -> None:
+    store = PipeStore()
+    pipes = [pipe for pipe in (store.take() for _ in range(40)) if pipe is not None]
+    before = len(os.listdir("/proc/self/fd"))
+    for pipe in pipes:
+        store.give(pipe)
+    closed = (before - len(os.listdir("/proc/self/fd"))) // 2
+    for _ in pipes[closed:]:
+        again = store.take()
+        assert again is not None
+        assert again in pipes
+        again.close()
+    assert closed == len(pipes) - 32
 
 
 def test_an_upgrade_that_is_required_on_a_connection_that_ends() -> None:
