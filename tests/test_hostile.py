@@ -857,6 +857,17 @@ def test_no_more_empty_pipes_are_kept_than_are_worth_it() -> None:
     assert closed == len(pipes) - 32
 
 
+def test_a_client_that_takes_no_answer_was_told_nothing() -> None:
+    with Upstream(answer(ok())) as upstream, ProxyProcess(upstream.url, listen="unix") as proxy:
+        with connect(proxy.address) as wire:
+            wire.sock.shutdown(socket.SHUT_RD)  # of a unix socket the proxy sees it when it writes
+            wire.send(b"GET / HTTP/1.1\r\nHost : t\r\n\r\n")
+            record = sole_record(proxy)
+        assert (record["event"], record["cause"], record["status"]) == ("request.reject", "protocol", None)
+        assert record["bytes"]["client_written"] == 0
+        assert "notes" not in record
+
+
 def test_an_upgrade_that_is_required_on_a_connection_that_ends() -> None:
     refusal = b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: tcp\r\nConnection: Upgrade\r\nContent-Length: 0\r\n\r\n"
     with served(answer(refusal)) as (_, proxy, wire):
