@@ -705,6 +705,8 @@ REJECTED = [
     reject("two lengths", request(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc"), status=400,
            cause="protocol"),
     reject("a line without CR", request(b"GET / HTTP/1.1\nHost: test\n\n"), status=400, cause="protocol"),
+    reject("two empty lines before a request", request(b"\r\n\r\n" + get()), status=400, cause="protocol", over=(PLAIN,)),
+    reject("two empty lines, one by one", drip(b"\r\n\r\n", 2, 0.1), status=400, cause="protocol", over=(PLAIN,)),
     reject("a folded field", request(b"GET / HTTP/1.1\r\nHost: test\r\nX-A: b\r\n c\r\n\r\n"), status=400, cause="protocol"),
     reject("no host", request(b"GET / HTTP/1.1\r\n\r\n"), status=400, cause="protocol"),
     reject("two hosts", request(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), status=400, cause="protocol"),
