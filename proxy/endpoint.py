@@ -314,8 +314,9 @@ class TlsEndpoint(Endpoint):
             except ssl.SSLZeroReturnError:
                 count = 0  # close_notify after we sent ours
             except ssl.SSLError as error:
-                with contextlib.suppress(OSError):  # as in the handshake
-                    self.flush()
+                if not isinstance(error, ssl.SSLEOFError):  # whoever has ended without a word is sent none
+                    with contextlib.suppress(OSError):
+                        self.flush()  # the alert that says what is wrong, as in the handshake
                 if have:
                     self._failure = error  # asked once more, OpenSSL would speak of an end that there was not
                     break
