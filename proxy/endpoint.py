@@ -315,8 +315,9 @@ class TlsEndpoint(Endpoint):
                 count = 0  # close_notify after we sent ours
             except ssl.SSLError as error:
                 if not isinstance(error, ssl.SSLEOFError):  # whoever has ended without a word is sent none
+                    # The alert, as in the handshake; it may find nobody, and the first error is the one that counts.
                     with contextlib.suppress(OSError):
-                        self.flush()  # the alert that says what is wrong, as in the handshake
+                        self.flush()
                 if have:
                     self._failure = error  # asked once more, OpenSSL would speak of an end that there was not
                     break
